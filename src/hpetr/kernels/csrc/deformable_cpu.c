@@ -1,0 +1,140 @@
+/* Multi-scale deformable sampling on the CPU, forward and backward. Compiled at first use by kernels/cpu.py, which also
+ * checks every shape: the functions here trust their arguments, except the locations' values, which may be anything.
+ *
+ * Layouts, all contiguous (see kernels/__init__.py): value (B, S, M, D), loc (B, Q, M, L, P, 2), attn (B, Q, M, L, P),
+ * out (B, Q, M, D). Needs GCC's vector extensions, which clang has too; the vectors are split where the CPU's are
+ * narrower.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define QUERY_BLOCK 64
+
+/* Mirrored by `_Problem` in kernels/cpu.py. */
+typedef struct {
+    int64_t batch, tokens, heads, width, levels, queries, points, threads;
+    const int64_t *shapes; /* (levels, 2): height, width */
+} problem;
+
+static inline int64_t thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+typedef float floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(32)));
+typedef float loose_floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double loose_doubles __attribute__((vector_size(32), aligned(8), may_alias));
+
+#define LOAD(p) (*(p))
+#define STORE(p, x) (*(p) = (x))
+
+/* dot[c] += sum of the lanes of v[c], for four vectors at once. */
+static ALWAYS_INLINE void add_lane_sums_f32(float *dot, const floats *v) {
+#if defined(__clang__) || __GNUC__ >= 12
+    typedef float quad __attribute__((vector_size(16)));
+    const floats ab = __builtin_shufflevector(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                      __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
+    const floats cd = __builtin_shufflevector(v[2], v[3], 0, 8, 2, 10, 4, 12, 6, 14) +
+                      __builtin_shufflevector(v[2], v[3], 1, 9, 3, 11, 5, 13, 7, 15);
+    const floats abcd = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                        __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    const quad sums = __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7);
+    for (int c = 0; c < 4; c++) dot[c] += sums[c];
+#else
+    for (int c = 0; c < 4; c++)
+        dot[c] += ((v[c][0] + v[c][1]) + (v[c][2] + v[c][3])) + ((v[c][4] + v[c][5]) + (v[c][6] + v[c][7]));
+#endif
+}
+
+static ALWAYS_INLINE void add_lane_sums_f64(double *dot, const doubles *v) {
+    for (int c = 0; c < 4; c++) dot[c] += (v[c][0] + v[c][1]) + (v[c][2] + v[c][3]);
+}
+
+#define BACKWARD
+
+#define NAME(x) x##_f32
+#define REAL float
+#define VALUE float
+#define LANES 8
+#define VEC floats
+#define LOAD_VEC(p) ((floats) * (const loose_floats *)(p))
+#define STORE_VEC(p, x) (*(loose_floats *)(p) = (x))
+#define ADD_LANE_SUMS add_lane_sums_f32
+#include "deformable_template.h"
+#undef NAME
+#undef REAL
+#undef VALUE
+#undef LANES
+#undef VEC
+#undef LOAD_VEC
+#undef STORE_VEC
+#undef ADD_LANE_SUMS
+
+#define NAME(x) x##_f64
+#define REAL double
+#define VALUE double
+#define LANES 4
+#define VEC doubles
+#define LOAD_VEC(p) ((doubles) * (const loose_doubles *)(p))
+#define STORE_VEC(p, x) (*(loose_doubles *)(p) = (x))
+#define ADD_LANE_SUMS add_lane_sums_f64
+#include "deformable_template.h"
+#undef NAME
+#undef REAL
+#undef VALUE
+#undef LANES
+#undef VEC
+#undef LOAD
+#undef STORE
+#undef LOAD_VEC
+#undef STORE_VEC
+#undef ADD_LANE_SUMS
+#undef BACKWARD
+
+/* bfloat16: value and out are the upper halves of floats; locations, weights and sums are float. */
+typedef uint16_t halves __attribute__((vector_size(16)));
+typedef uint32_t words __attribute__((vector_size(32)));
+
+static ALWAYS_INLINE float load_bf16(const uint16_t *p) {
+    const uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static ALWAYS_INLINE void store_bf16(uint16_t *p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    /* round to nearest even; a NaN stays one (rounding could carry its payload away) */
+    *p = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static ALWAYS_INLINE floats load_bf16_vector(const uint16_t *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+    return (floats)(__builtin_convertvector(h, words) << 16);
+}
+
+static ALWAYS_INLINE void store_bf16_vector(uint16_t *p, floats x) {
+    for (int k = 0; k < 8; k++) store_bf16(p + k, x[k]);
+}
+
+#define NAME(x) x##_bf16
+#define REAL float
+#define VALUE uint16_t
+#define LANES 8
+#define VEC floats
+#define LOAD load_bf16
+#define STORE store_bf16
+#define LOAD_VEC load_bf16_vector
+#define STORE_VEC store_bf16_vector
+#include "deformable_template.h"

@@ -1,0 +1,141 @@
+"""Multi-scale deformable attention in its two forms, and the post-norm transformer layer built around it.
+
+Zhu et al. 2021 (arXiv 2010.04159) for the plain form; Shi et al. 2022 (PETR, CVPR) for pose attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hpetr.kernels import deformable_sampling
+from hpetr.model.config import HPetrConfig
+
+
+class DeformableAttention(nn.Module):
+    """Plain deformable attention: every head samples P points a level around the query's reference point.
+
+    The value projection is a step of its own (`project_value`), so that one projection of an image can serve any
+    number of queries: the joint decoder samples it from all poses at once.
+    """
+
+    def __init__(self, config: HPetrConfig, num_levels: int, num_points: int):
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = config.num_heads, num_levels, num_points
+        samples = config.num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(config.d_model, samples * 2)
+        self.attention_weights = nn.Linear(config.d_model, samples)
+        self.value_proj = nn.Linear(config.d_model, config.d_model)
+        self.output_proj = nn.Linear(config.d_model, config.d_model)
+
+    def project_value(self, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Memory (B, S, D) -> value (B, S, heads, D / heads), zero where `padding_mask` (B, S) is true."""
+        value = self.value_proj(memory)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        return value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D / M)
+
+    def forward(
+        self, query: Tensor, references: Tensor, value: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Sample the value around the references.
+
+        Args:
+            query: (B, Q, D), position included.
+            references: (B, Q, L, R, 2) x, y in the padded map of each level; R = 1 here, K in pose attention.
+            value: (B, S, heads, D / heads) from `project_value`.
+            spatial_shapes: (H, W) of every level; S is the sum of their products.
+        Returns:
+            (B, Q, D)
+        """
+        batch, length, _ = query.shape
+        shape = (batch, length, self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).view(*shape, 2)  # (B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)  # (B, Q, M, L, P)
+        locations = self.sampling_locations(offsets, references, spatial_shapes)
+        return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
+
+    def sampling_locations(
+        self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Reference plus offset, the offset counted in cells of the level: (B, Q, M, L, P, 2)."""
+        cells = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)  # (L, 2)
+        return references[:, :, None] + offsets / cells[:, None]
+
+    def initial_offsets(self) -> Tensor:
+        """Start of the offset bias: head h points to angle 2 pi h / heads, its larger coordinate 1, times p + 1."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        ring = torch.stack([angles.cos(), angles.sin()], -1)
+        ring = ring / ring.abs().amax(-1, keepdim=True)  # (M, 2)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        bias = ring[:, None, None] * steps[:, None]  # (M, 1, P, 2)
+        return bias.expand(-1, self.num_levels, -1, -1).flatten()
+
+
+class PoseAttention(DeformableAttention):
+    """Deformable attention whose point p belongs to joint p: offsets count in half extents of the pose (P = K)."""
+
+    def sampling_locations(
+        self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """references (B, Q, L, K, 2) -> (B, Q, M, L, K, 2); the pose's extent (w, h) is at least 1e-4."""
+        extent = (references.amax(-2, keepdim=True) - references.amin(-2, keepdim=True)).clamp(min=1e-4)
+        return references[:, :, None] + offsets * extent[:, :, None] * 0.5
+
+    def initial_offsets(self) -> Tensor:
+        """Every joint starts by looking exactly at its own reference."""
+        return torch.zeros(self.num_heads * self.num_levels * self.num_points * 2)
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear, with dropout after each; the residual is the caller's."""
+
+    def __init__(self, d_model: int, hidden: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, hidden)
+        self.linear2 = nn.Linear(hidden, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(self.linear1(x).relu())))
+
+
+class DeformableLayer(nn.Module):
+    """One post-norm layer: [self-attention,] deformable attention, FFN; a residual and a LayerNorm around each.
+
+    Encoder layers have no self-attention: there deformable attention is the self-attention.
+    """
+
+    def __init__(self, config: HPetrConfig, attention: DeformableAttention, ffn_dim: int, *, self_attention: bool):
+        super().__init__()
+        width = config.d_model
+        if self_attention:
+            self.self_attention = nn.MultiheadAttention(width, config.num_heads, config.dropout, batch_first=True)
+            self.self_attention_dropout = nn.Dropout(config.dropout)
+            self.self_attention_norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.attention_dropout = nn.Dropout(config.deformable_dropout)
+        self.attention_norm = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, ffn_dim, config.dropout)
+        self.ffn_norm = nn.LayerNorm(width)
+
+    def attend_to_each_other(self, x: Tensor, position: Tensor, groups: list[int]) -> Tensor:
+        """Self-attention within each of the consecutive groups of queries; x and position (B, Q, D).
+
+        Attending group by group equals one attention under a block mask, at a fraction of its Q x Q cost.
+        """
+        outputs = []
+        for part, offset in zip(x.split(groups, 1), position.split(groups, 1), strict=True):
+            keys = part + offset
+            outputs.append(self.self_attention(keys, keys, part, need_weights=False)[0])
+        return self.self_attention_norm(x + self.self_attention_dropout(torch.cat(outputs, 1)))
+
+    def forward(
+        self, x: Tensor, position: Tensor, references: Tensor, value: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """x and position (B, Q, D), the rest as in `DeformableAttention.forward`; returns (B, Q, D)."""
+        attended = self.attention(x + position, references, value, spatial_shapes)
+        x = self.attention_norm(x + self.attention_dropout(attended))
+        return self.ffn_norm(x + self.ffn(x))

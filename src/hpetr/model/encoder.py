@@ -1,0 +1,121 @@
+"""Feature maps to tokens, and the deformable encoder over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpetr.model.attention import DeformableAttention, DeformableLayer
+from hpetr.model.config import HPetrConfig
+
+
+@dataclass
+class Grid:
+    """Where the tokens of a batch lie: what every deformable attention needs to know besides the features.
+
+    Attributes:
+        spatial_shapes: (H_l, W_l) of every level; S = sum of their products.
+        padding_mask: (B, S), true on padding; None when no picture is padded.
+        valid_ratios: (B, L, 2) share of each level's width and height that is picture.
+        centres: (B, S, 2) x, y of every token's centre, 1 = the *unpadded* picture's width and height.
+        positions: (B, S, D) sine position encoding; (1, S, D) without padding.
+    """
+
+    spatial_shapes: list[tuple[int, int]]
+    padding_mask: Tensor | None
+    valid_ratios: Tensor
+    centres: Tensor
+    positions: Tensor
+
+    def scale_references(self, references: Tensor) -> Tensor:
+        """References (B, Q, R, 2) of the unpadded picture -> (B, Q, L, R, 2) of every level's padded map."""
+        if self.padding_mask is None:
+            return references[:, :, None].expand(-1, -1, len(self.spatial_shapes), -1, -1)
+        return references[:, :, None] * self.valid_ratios[:, None, :, None]
+
+    def first_level(self) -> Grid:
+        """The grid of the finest level alone, for the heatmap branch."""
+        height, width = self.spatial_shapes[0]
+        size = height * width
+        return Grid(
+            spatial_shapes=self.spatial_shapes[:1],
+            padding_mask=None if self.padding_mask is None else self.padding_mask[:, :size],
+            valid_ratios=self.valid_ratios[:, :1],
+            centres=self.centres[:, :size],
+            positions=self.positions[:, :size],
+        )
+
+
+def sine_positions(mask: Tensor, features_per_axis: int) -> Tensor:
+    """Sine encoding of positions counted inside the picture, y first, then x.
+
+    Args:
+        mask: (B, H, W), true on padding.
+    Returns:
+        (B, H * W, 2 * features_per_axis), sin and cos interleaved, temperature 10,000 (Carion et al. 2020, with
+        mmdet's centre offset of -0.5).
+    """
+    inside = (~mask).float()
+    exponent = torch.arange(features_per_axis, device=mask.device) // 2 * 2 / features_per_axis
+    frequency = 10000.0**exponent
+    parts = []
+    for axis in (1, 2):
+        count = inside.cumsum(axis)
+        last = count[:, -1:] if axis == 1 else count[:, :, -1:]
+        angle = ((count - 0.5) / (last + 1e-6) * (2 * math.pi))[..., None] / frequency  # (B, H, W, features)
+        parts.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2))
+    return torch.cat(parts, -1).flatten(1, 2)
+
+
+def make_grid(maps: list[Tensor], masks: list[Tensor] | None) -> Grid:
+    """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l)."""
+    d_model, device, dtype = maps[0].shape[1], maps[0].device, maps[0].dtype
+    shapes = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
+    ratios, centres, positions = [], [], []
+    for level, (height, width) in enumerate(shapes):
+        # Without padding every picture of the batch has the same grid: one row serves all.
+        mask = torch.zeros(1, height, width, dtype=torch.bool, device=device) if masks is None else masks[level]
+        valid = torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()  # (B, 2) width, height
+        size = torch.tensor([width, height], dtype=torch.float32, device=device)
+        ratios.append(valid / size)
+        xs = torch.arange(width, device=device) + 0.5
+        ys = torch.arange(height, device=device) + 0.5
+        cells = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)], -1).flatten(0, 1)
+        centres.append(cells / (ratios[-1] * size)[:, None])  # (B, H * W, 2)
+        positions.append(sine_positions(mask, d_model // 2))
+    padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
+    batch = maps[0].shape[0]
+    return Grid(
+        spatial_shapes=shapes,
+        padding_mask=padding,
+        valid_ratios=torch.stack(ratios, 1).to(dtype).expand(batch, -1, -1),
+        centres=torch.cat(centres, 1).to(dtype).expand(batch, -1, -1),
+        positions=torch.cat(positions, 1).to(dtype),
+    )
+
+
+class Encoder(nn.Module):
+    """Deformable self-attention over all tokens; with one level it is the encoder of the heatmap branch."""
+
+    def __init__(self, config: HPetrConfig, num_layers: int, num_levels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DeformableLayer(
+                config,
+                DeformableAttention(config, num_levels, config.num_points),
+                config.encoder_ffn_dim,
+                self_attention=False,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+        """tokens (B, S, D), positions (B or 1, S, D) -> memory (B, S, D)."""
+        references = grid.scale_references(grid.centres[:, :, None])  # (B, S, L, 1, 2)
+        for layer in self.layers:
+            value = layer.attention.project_value(tokens, grid.padding_mask)
+            tokens = layer(tokens, positions, references, value, grid.spatial_shapes)
+        return tokens

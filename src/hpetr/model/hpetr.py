@@ -1,0 +1,223 @@
+"""The whole model: pixels to poses, and with labels to losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForKeypointDetection, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from hpetr.errors import InputError
+from hpetr.model.attention import DeformableAttention
+from hpetr.model.backbone import FeatureExtractor
+from hpetr.model.config import HPetrConfig
+from hpetr.model.decoders import JointDecoder, PoseDecoder, Predictions
+from hpetr.model.encoder import Encoder, Grid, make_grid
+from hpetr.model.losses import decoder_losses, heatmap_loss, join_matches, joint_losses
+from hpetr.model.matching import Matches, Targets, check_labels, make_targets
+
+CLASS_PRIOR, HEATMAP_PRIOR = 0.01, 0.1
+
+
+@dataclass
+class HPetrOutput(ModelOutput):
+    """What the model gives; coordinates are x, y with 1 = the unpadded picture's width and height.
+
+    N = one-to-one queries, T = `config.num_poses`, S = tokens, C = classes, K = joints.
+
+    Attributes:
+        loss: scalar, with labels. loss_dict: its weighted terms, which sum to it.
+        scores: (B, T) class probability, best first. poses: (B, T, K, 2) after the joint decoder. pose_labels: (B, T).
+            None while training with labels, where the joint decoder refines the matched poses instead.
+        logits: (B, N, C), keypoints: (B, N, K, 2) of the last pose-decoder layer.
+        decoder_logits: (layers, B, N, C), decoder_keypoints: (layers, B, N, K, 2).
+        proposal_logits: (B, S, C), proposal_keypoints: (B, S, K, 2).
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    scores: Tensor | None = None
+    poses: Tensor | None = None
+    pose_labels: Tensor | None = None
+    logits: Tensor | None = None
+    keypoints: Tensor | None = None
+    decoder_logits: Tensor | None = None
+    decoder_keypoints: Tensor | None = None
+    proposal_logits: Tensor | None = None
+    proposal_keypoints: Tensor | None = None
+
+
+class HPetrForPoseEstimation(PreTrainedModel):
+    """PETR (Shi et al., CVPR 2022) and H-PETR (Jia et al., arXiv 2207.13080): all people's poses at once, no NMS."""
+
+    config_class = HPetrConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: HPetrConfig):
+        super().__init__(config)
+        self.backbone = FeatureExtractor(config)
+        self.level_embedding = nn.Embedding(config.num_feature_levels, config.d_model)
+        self.encoder = Encoder(config, config.encoder_layers, config.num_feature_levels)
+        self.pose_decoder = PoseDecoder(config)
+        self.joint_decoder = JointDecoder(config)
+        self.heatmap_encoder = Encoder(config, 1, 1)
+        self.heatmap_head = nn.Linear(config.d_model, config.num_keypoints)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform matrices, zero biases, normal(0, 1) embeddings, and the exceptions METHOD names."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+        elif isinstance(module, DeformableAttention):
+            init.zeros_(module.sampling_offsets.weight)
+            init.copy_(module.sampling_offsets.bias, module.initial_offsets())
+            init.zeros_(module.attention_weights.weight)
+        elif isinstance(module, PoseDecoder):
+            prior = torch.logit(torch.tensor(CLASS_PRIOR)).item()
+            for head in module.class_heads:
+                init.constant_(head.bias, prior)
+            for mlp in module.keypoint_heads:
+                init.zeros_(mlp[-1].weight)
+        elif isinstance(module, JointDecoder):
+            for mlp in module.heads:
+                init.zeros_(mlp[-1].weight)
+        elif isinstance(module, HPetrForPoseEstimation):
+            init.normal_(module.heatmap_head.weight, std=0.01)
+            init.constant_(module.heatmap_head.bias, HEATMAP_PRIOR)
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Grid]:
+        """Pixels (B, 3, H, W) and mask (B, H, W) to memory (B, S, D) and its grid."""
+        padding = None if pixel_mask is None else pixel_mask == 0
+        maps, masks = self.backbone(pixel_values, padding)
+        grid = make_grid(maps, masks)
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, D)
+        lengths = torch.tensor([h * w for h, w in grid.spatial_shapes], device=tokens.device)
+        levels = self.level_embedding.weight.repeat_interleave(lengths, 0, output_size=tokens.shape[1])  # (S, D)
+        return self.encoder(tokens, grid.positions + levels, grid), grid
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+    ) -> HPetrOutput:
+        """Estimate the poses of all people.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised RGB, each picture in the top left corner.
+            pixel_mask: (B, H, W), 1 = picture, 0 = padding; None when nothing is padded.
+            labels: B dicts with `keypoints` (n, K, 3) x, y, visibility in pixels of the unpadded picture, `boxes`
+                (n, 4) xyxy, `areas` (n,) pixels^2, `class_labels` (n,), and optionally `ignore_boxes` (m, 4): regions
+                that are neither person nor background.
+        Raises:
+            InputError: labels or mask do not have these shapes.
+            FloatingPointError: a matching cost is not finite.
+        """
+        batch, _, height, width = pixel_values.shape
+        if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
+            raise InputError(f"pixel_mask: shape {tuple(pixel_mask.shape)}, expected {(batch, height, width)}")
+        if labels is not None:
+            check_labels(labels, batch, self.config.num_keypoints)
+        memory, grid = self.encode(pixel_values, pixel_mask)
+        one_to_many = labels is not None and self.config.num_one_to_many_queries > 0
+        proposals, layers, groups = self.pose_decoder(memory, grid, one_to_many=one_to_many)
+        one_to_one = Predictions(layers.logits[:, :, : groups[0]], layers.keypoints[:, :, : groups[0]])
+        output = HPetrOutput(
+            logits=one_to_one.logits[-1],
+            keypoints=one_to_one.keypoints[-1],
+            decoder_logits=one_to_one.logits,
+            decoder_keypoints=one_to_one.keypoints,
+            proposal_logits=proposals.logits,
+            proposal_keypoints=proposals.keypoints,
+        )
+        if labels is not None:
+            targets = make_targets(labels, self.picture_sizes(pixel_values, pixel_mask))
+            output.loss_dict = self.losses(memory, grid, proposals, layers, groups, targets, width)
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+        if labels is None or not self.training:
+            output.scores, output.poses, output.pose_labels = self.refine_best(memory, grid, one_to_one)
+        return output
+
+    @staticmethod
+    def picture_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+        """(B, 2) width and height of the unpadded pictures."""
+        if pixel_mask is None:
+            batch, _, height, width = pixel_values.shape
+            return torch.tensor([[width, height]], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
+        inside = pixel_mask != 0
+        return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], -1).float()
+
+    def refine_best(self, memory: Tensor, grid: Grid, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (B, T), poses (B, T, K, 2) and labels (B, T) of the best T, refined by the joint decoder."""
+        scores = predictions.logits[-1].sigmoid()  # (B, N, C)
+        classes = scores.shape[-1]
+        flat = scores.flatten(1)
+        best, index = flat.topk(min(self.config.num_poses, flat.shape[1]), dim=1)  # (B, T)
+        query = torch.div(index, classes, rounding_mode="floor")[..., None, None]
+        chosen = predictions.keypoints[-1].gather(1, query.expand(-1, -1, *predictions.keypoints.shape[-2:]))
+        return best, self.joint_decoder(memory, grid, chosen)[-1], index % classes
+
+    def losses(
+        self,
+        memory: Tensor,
+        grid: Grid,
+        proposals: Predictions,
+        layers: Predictions,
+        groups: list[int],
+        targets: Targets,
+        padded_width: int,
+    ) -> dict[str, Tensor]:
+        """All weighted terms; see `losses.py`."""
+        sigmas = torch.tensor(self.config.skeleton["sigmas"], dtype=torch.float32, device=memory.device)
+        terms, last = decoder_losses(proposals, layers, groups, targets, self.config, sigmas)
+        terms |= self.heatmap_losses(memory, grid.first_level(), targets, padded_width)
+        matches = join_matches(last)
+        poses, slots = self.matched_poses(layers.keypoints[-1].detach(), matches)
+        return terms | joint_losses(
+            self.joint_decoder(memory, grid, poses), slots, matches, targets, self.config, sigmas
+        )
+
+    @staticmethod
+    def matched_poses(keypoints: Tensor, matches: Matches) -> tuple[Tensor, Tensor]:
+        """Matched poses of each image side by side: keypoints (B, Q, K, 2) -> (B, T, K, 2), and (m,) places along T.
+
+        T is the largest number of matches of an image, at least 1; the places left over are copies of query 0 that no
+        loss counts.
+        """
+        counts = torch.bincount(matches.image, minlength=len(keypoints))  # (B,)
+        first = counts.cumsum(0) - counts
+        slots = torch.arange(len(matches.image), device=counts.device) - first[matches.image]
+        most = max(int(counts.max()), 1)
+        index = torch.zeros(len(keypoints), most, dtype=torch.long, device=counts.device)
+        index[matches.image, slots] = matches.query
+        return keypoints.gather(1, index[..., None, None].expand(-1, -1, *keypoints.shape[-2:])), slots
+
+    def heatmap_losses(self, memory: Tensor, grid: Grid, targets: Targets, padded_width: int) -> dict[str, Tensor]:
+        """The heatmap branch over the finest level alone; without position, as published."""
+        height, width = grid.spatial_shapes[0]
+        tokens = memory[:, : height * width]
+        features = self.heatmap_encoder(tokens, torch.zeros_like(tokens[:1]), grid)
+        logits = self.heatmap_head(features).transpose(1, 2).unflatten(-1, (height, width))  # (B, K, H, W)
+        padding = None if grid.padding_mask is None else grid.padding_mask.unflatten(-1, (height, width))
+        stride = round(padded_width / width)
+        return heatmap_loss(logits, padding, targets, stride, self.config)
+
+
+AutoConfig.register(HPetrConfig.model_type, HPetrConfig, exist_ok=True)
+AutoModelForKeypointDetection.register(HPetrConfig, HPetrForPoseEstimation, exist_ok=True)

@@ -1,0 +1,152 @@
+"""Targets of a batch, and the Hungarian matching of predictions to them, batched over images, layers and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hpetr.errors import InputError
+from hpetr.model.config import HPetrConfig
+from hpetr.model.decoders import Predictions
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+
+
+@dataclass
+class Targets:
+    """The people of a batch, padded to the picture with most of them (n).
+
+    Attributes:
+        keypoints: (B, n, K, 2) x, y normalised to the unpadded picture.
+        visible: (B, n, K) bool, true where a keypoint is labelled.
+        areas: (B, n) pixels^2. boxes: (B, n, 4) xyxy pixels. classes: (B, n).
+        sizes: (B, 2) width and height of the unpadded pictures in pixels.
+        ignore_boxes: (B, m, 4) xyxy pixels of regions that are neither person nor background; zeros pad.
+        counts: people of each picture.
+    """
+
+    keypoints: Tensor
+    visible: Tensor
+    areas: Tensor
+    boxes: Tensor
+    classes: Tensor
+    sizes: Tensor
+    ignore_boxes: Tensor
+    counts: list[int]
+
+
+@dataclass
+class Matches:
+    """m matched pairs of one layer and group: image, query and target index, each (m,)."""
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int) -> None:
+    """Raise `InputError` naming the picture and the field where labels do not have their documented shapes."""
+    if len(labels) != batch:
+        raise InputError(f"labels: {len(labels)} entries, expected one for each of the {batch} pictures")
+    for i, label in enumerate(labels):
+        for field in ("keypoints", "boxes", "areas", "class_labels"):
+            if field not in label:
+                raise InputError(f"labels[{i}]: field {field!r} is missing")
+        n = len(label["keypoints"])
+        expected = {"keypoints": (n, num_keypoints, 3), "boxes": (n, 4), "areas": (n,), "class_labels": (n,)}
+        for field, shape in expected.items():
+            if tuple(label[field].shape) != shape:
+                raise InputError(f"labels[{i}].{field}: shape {tuple(label[field].shape)}, expected {shape}")
+
+
+def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
+    """Batch the labels (pixels of the unpadded pictures, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h."""
+
+    def batched(field: str, dtype: torch.dtype) -> Tensor:
+        return pad_sequence([label[field].to(sizes.device, dtype) for label in labels], batch_first=True)
+
+    keypoints = batched("keypoints", torch.float32)  # (B, n, K, 3)
+    ignored = [label.get("ignore_boxes", sizes.new_zeros(0, 4)) for label in labels]
+    return Targets(
+        keypoints=keypoints[..., :2] / sizes[:, None, None],
+        visible=keypoints[..., 2] > 0,
+        areas=batched("areas", torch.float32).clamp(min=1e-6),
+        boxes=batched("boxes", torch.float32),
+        classes=batched("class_labels", torch.int64),
+        sizes=sizes,
+        ignore_boxes=pad_sequence([boxes.to(sizes) for boxes in ignored], batch_first=True),
+        counts=[len(label["areas"]) for label in labels],
+    )
+
+
+def object_keypoint_similarity(squared_distances: Tensor, visible: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
+    """COCO's OKS, the mean over labelled keypoints of exp(-d^2 / (2 area (2 sigma)^2)).
+
+    Args:
+        squared_distances: (..., K) pixels^2. visible: (..., K). areas: (...,) pixels^2. sigmas: (K,).
+    Returns:
+        (...,); 0 where no keypoint is labelled.
+    """
+    exponent = squared_distances / (2 * areas[..., None] * (2 * sigmas) ** 2)
+    return ((-exponent).exp() * visible).sum(-1) / visible.sum(-1).clamp(min=1)
+
+
+@torch.no_grad()
+def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, sigmas: Tensor) -> Tensor:
+    """Cost of giving each query each target: (..., B, Q, n) from predictions (..., B, Q, ...).
+
+    Weighted focal cost + keypoint L1 - OKS (PETR, section 3.4). The joints are summed one by one: with all of them at
+    once the (Q, n, K, 2) differences of the proposals take gigabytes.
+    """
+    probability = predictions.logits.float().sigmoid()
+    negative = -(1 - probability + 1e-12).log() * (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA
+    positive = -(probability + 1e-12).log() * FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA
+    focal = positive - negative  # (..., B, Q, C)
+    one_hot = torch.nn.functional.one_hot(targets.classes, focal.shape[-1]).to(focal)  # (B, n, C)
+    cost = config.cost_class * focal @ one_hot.transpose(1, 2)  # (..., B, Q, n)
+
+    labelled = targets.visible.sum(-1).clamp(min=1)  # (B, n)
+    scale = 2 * targets.areas[..., None] * (2 * sigmas) ** 2  # (B, n, K)
+    distance, similarity = torch.zeros_like(cost), torch.zeros_like(cost)
+    for k in range(len(sigmas)):
+        seen = targets.visible[:, None, :, k]  # (B, 1, n)
+        difference = predictions.keypoints[..., k, None, :].float() - targets.keypoints[:, None, :, k]  # (.., Q, n, 2)
+        distance += difference.abs().sum(-1) * seen
+        squared = (difference * targets.sizes[:, None, None]).square().sum(-1)
+        similarity += (-squared / scale[:, None, :, k]).exp() * seen
+    cost += config.cost_l1 * distance / (2 * labelled[:, None])
+    return cost - config.cost_oks * similarity / labelled[:, None]
+
+
+def assign(costs: list[Tensor], counts: list[int], repeats: list[int]) -> list[Matches]:
+    """Hungarian matching of every cost matrix, with one copy to the host and one back.
+
+    Args:
+        costs: one (B, Q_i, n) for each layer and group.
+        counts: people of each picture; costs beyond them are padding.
+        repeats: for each layer and group, how often every target may be matched (k of one-to-many, else 1).
+    Raises:
+        FloatingPointError: a cost is NaN or infinite.
+    """
+    device = costs[0].device
+    host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    pairs: list[np.ndarray] = []
+    start = 0
+    for cost, repeat in zip(costs, repeats, strict=True):
+        matrices = host[start : start + cost.numel()].reshape(cost.shape)
+        start += cost.numel()
+        rows = [np.zeros((3, 0), np.int64)]
+        for image, count in enumerate(counts):
+            matrix = np.tile(matrices[image, :, :count], (1, repeat))
+            if not np.isfinite(matrix).all():
+                raise FloatingPointError(f"matching: the cost of picture {image} of the batch is not finite")
+            query, column = linear_sum_assignment(matrix)
+            rows.append(np.stack([np.full_like(query, image), query, column % max(count, 1)]))
+        pairs.append(np.concatenate(rows, 1))
+    joined = torch.from_numpy(np.concatenate(pairs, 1)).to(device)
+    return [Matches(*part) for part in joined.split([p.shape[1] for p in pairs], 1)]

@@ -1,0 +1,261 @@
+"""Skeletons: the joints of one kind of pose, how they connect, mirror and how exactly people can place them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from hpetr.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Without measured sigmas every keypoint gets the mean of COCO's seventeen, rounded: neither a face point nor a hip.
+FALLBACK_SIGMA = 0.06
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The keypoints of one category.
+
+    Args:
+        names: K distinct keypoint names, in the order of the annotations.
+        edges: limbs as pairs of 0-based keypoint indices; only drawing uses them.
+        flip_pairs: pairs (left, right) of 0-based indices that change places in a mirrored picture. A keypoint
+            belongs to at most one pair; one without a pair stays itself.
+        sigmas: K positive standard deviations of OKS, relative to the square root of the object's area.
+
+    Raises:
+        InputError: lengths disagree, an index is out of range, a keypoint is in two flip pairs, or a sigma is not
+            positive.
+    """
+
+    names: tuple[str, ...]
+    edges: tuple[tuple[int, int], ...]
+    flip_pairs: tuple[tuple[int, int], ...]
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if count == 0:
+            raise InputError("skeleton: names is empty, expected at least one keypoint name")
+        if len(set(self.names)) != count:
+            raise InputError(f"skeleton: names repeat ({_first_repeated(self.names)!r}), expected distinct names")
+        if len(self.sigmas) != count:
+            raise InputError(f"skeleton: {len(self.sigmas)} sigmas, expected {count}, one for each keypoint name")
+        for name, sigma in zip(self.names, self.sigmas, strict=True):
+            if not (isfinite(sigma) and sigma > 0):
+                raise InputError(f"skeleton: sigma of {name!r} is {sigma}, expected a positive number")
+        _check_pairs("edges", self.edges, count)
+        _check_pairs("flip_pairs", self.flip_pairs, count)
+        flipped = [index for pair in self.flip_pairs for index in pair]
+        if len(set(flipped)) != len(flipped):
+            repeated = self.names[_first_repeated(flipped)]
+            raise InputError(f"skeleton: flip_pairs uses keypoint {repeated!r} twice, expected each at most once")
+
+    @property
+    def num_keypoints(self) -> int:
+        """K."""
+        return len(self.names)
+
+    @property
+    def flip_index(self) -> list[int]:
+        """Permutation p of length K: keypoint i of a mirrored picture is keypoint p[i] of the original."""
+        index = list(range(self.num_keypoints))
+        for left, right in self.flip_pairs:
+            index[left], index[right] = right, left
+        return index
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for JSON and YAML; `from_dict` reads them back."""
+        return {
+            "names": list(self.names),
+            "edges": [list(edge) for edge in self.edges],
+            "flip_pairs": [list(pair) for pair in self.flip_pairs],
+            "sigmas": list(self.sigmas),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Skeleton:
+        """The skeleton that `to_dict` wrote.
+
+        Raises:
+            InputError: a key is missing, unknown or of the wrong type, or the skeleton is not valid.
+        """
+        expected = {"names", "edges", "flip_pairs", "sigmas"}
+        if not isinstance(values, Mapping) or set(values) != expected:
+            raise InputError(f"skeleton: expected exactly the keys {sorted(expected)}")
+        try:
+            return cls(
+                names=tuple(str(name) for name in values["names"]),
+                edges=_pairs(values["edges"]),
+                flip_pairs=_pairs(values["flip_pairs"]),
+                sigmas=tuple(float(sigma) for sigma in values["sigmas"]),
+            )
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"skeleton: {error}; expected lists of names, index pairs and sigmas") from error
+
+    @classmethod
+    def generic(cls, num_keypoints: int) -> Skeleton:
+        """K keypoints of which nothing is known: no edges, no flip pairs, every sigma `FALLBACK_SIGMA`."""
+        return cls(
+            names=tuple(f"keypoint_{index}" for index in range(num_keypoints)),
+            edges=(),
+            flip_pairs=(),
+            sigmas=(FALLBACK_SIGMA,) * num_keypoints,
+        )
+
+    @classmethod
+    def from_coco_category(cls, category: Mapping[str, Any]) -> Skeleton:
+        """The skeleton of one entry of `categories` in a COCO keypoint JSON.
+
+        `keypoints` gives the names and `skeleton` (optional, 1-based) the edges. Flip pairs come from names that
+        differ only in left / right (`left_eye`, `eyeRight`), in a prefix or suffix l / r (`l_eye`, `eye.L`, `eye-r`).
+        Sigmas come from the optional key `sigmas`; else they are COCO's or CrowdPose's where the names equal theirs;
+        else `FALLBACK_SIGMA`, with a warning in the log.
+
+        Raises:
+            InputError: `keypoints` is missing or empty, or another key is not valid.
+        """
+        label = f"category {category.get('name', category.get('id', '?'))!r}"
+        names = category.get("keypoints")
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{label}: expected 'keypoints' to be a list of keypoint names")
+        names = tuple(names)
+        try:
+            edges = tuple((first - 1, second - 1) for first, second in _pairs(category.get("skeleton") or ()))
+            return cls(names, edges, _infer_flip_pairs(names), _category_sigmas(label, names, category.get("sigmas")))
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{label}: expected 'skeleton' pairs of 1-based indices, numbers in 'sigmas'") from error
+
+
+def _check_pairs(field: str, pairs: Sequence[tuple[int, int]], count: int) -> None:
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1] or not all(0 <= index < count for index in pair):
+            raise InputError(f"skeleton: {field} has {tuple(pair)}, expected two different indices in 0..{count - 1}")
+
+
+def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for first, second in values:
+        if int(first) != first or int(second) != second:
+            raise ValueError(f"index pair ({first}, {second}) is not of whole numbers")
+        pairs.append((int(first), int(second)))
+    return tuple(pairs)
+
+
+def _first_repeated(values: Sequence[Any]) -> Any:
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    raise ValueError("no value repeats")
+
+
+def _category_sigmas(label: str, names: tuple[str, ...], sigmas: Any) -> tuple[float, ...]:
+    if sigmas is not None:
+        return tuple(float(sigma) for sigma in sigmas)
+    for known in (COCO, CROWDPOSE):
+        if names == known.names:
+            return known.sigmas
+    logger.warning(
+        "%s: no 'sigmas' and the keypoint names are not COCO's: every keypoint gets sigma %g", label, FALLBACK_SIGMA
+    )
+    return (FALLBACK_SIGMA,) * len(names)
+
+
+_LETTER_PREFIX = re.compile(r"^([lLrR])([_\-. ])(.+)$")
+_LETTER_SUFFIX = re.compile(r"^(.+)([_\-. ])([lLrR])$")
+_WORD = re.compile(r"left|right", re.IGNORECASE)
+
+
+def _side(name: str) -> tuple[str, str] | None:
+    """(side "l" or "r", the name with the side cut out), or None for a name without a side."""
+    if word := _WORD.search(name):
+        rest = name[: word.start()] + "*" + name[word.end() :]
+        return word.group()[0].lower(), rest.lower()
+    if prefix := _LETTER_PREFIX.match(name):
+        return prefix.group(1).lower(), ("*" + prefix.group(2) + prefix.group(3)).lower()
+    if suffix := _LETTER_SUFFIX.match(name):
+        return suffix.group(3).lower(), (suffix.group(1) + suffix.group(2) + "*").lower()
+    return None
+
+
+def _infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Pairs (left index, right index), in the order of the left keypoints."""
+    sides = [_side(name) for name in names]
+    right = {side[1]: index for index, side in enumerate(sides) if side is not None and side[0] == "r"}
+    return tuple(
+        (index, right.pop(side[1]))
+        for index, side in enumerate(sides)
+        if side is not None and side[0] == "l" and side[1] in right
+    )
+
+
+COCO = Skeleton(
+    names=(
+        "nose",
+        "left_eye",
+        "right_eye",
+        "left_ear",
+        "right_ear",
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+        "right_elbow",
+        "left_wrist",
+        "right_wrist",
+        "left_hip",
+        "right_hip",
+        "left_knee",
+        "right_knee",
+        "left_ankle",
+        "right_ankle",
+    ),
+    edges=(
+        *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12)),  # legs
+        *((5, 11), (6, 12), (5, 6)),  # trunk
+        *((5, 7), (6, 8), (7, 9), (8, 10)),  # arms
+        *((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),  # head
+    ),
+    flip_pairs=((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)),
+    sigmas=(
+        *(0.026, 0.025, 0.025, 0.035, 0.035),
+        *(0.079, 0.079, 0.072, 0.072, 0.062, 0.062),
+        *(0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
+    ),
+)
+
+CROWDPOSE = Skeleton(
+    names=(
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+        "right_elbow",
+        "left_wrist",
+        "right_wrist",
+        "left_hip",
+        "right_hip",
+        "left_knee",
+        "right_knee",
+        "left_ankle",
+        "right_ankle",
+        "top_head",
+        "neck",
+    ),
+    edges=(
+        *((10, 8), (8, 6), (11, 9), (9, 7), (6, 7)),  # legs
+        *((0, 6), (1, 7), (0, 13), (1, 13), (13, 12)),  # trunk and head
+        *((0, 2), (1, 3), (2, 4), (3, 5)),  # arms
+    ),
+    flip_pairs=((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)),
+    sigmas=(0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089, 0.079, 0.079),
+)
