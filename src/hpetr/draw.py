@@ -64,7 +64,7 @@ def _draw_person(scene: np.ndarray, result: PoseResult, index: int, keypoint_thr
     for color, extra in ((OUTLINE, rim), (person_color(index), 0)):
         if edges:
             sv.EdgeAnnotator(color, thickness=width + 2 * extra, edges=edges).annotate(scene, person)
-        sv.VertexAnnotator(color, radius=width + extra).annotate(scene, person)
+        sv.VertexAnnotator(color, radius=round(1.4 * width) + extra).annotate(scene, person)
 
 
 def _draw_score(scene: np.ndarray, result: PoseResult, index: int) -> None:
@@ -82,6 +82,4 @@ def _draw_score(scene: np.ndarray, result: PoseResult, index: int) -> None:
     cv2.rectangle(scene, (x, y - text_height - 2 * pad), (x + text_width + 2 * pad, y), color.as_bgr(), cv2.FILLED)
     luminance = 0.299 * color.r + 0.587 * color.g + 0.114 * color.b
     ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)
-    cv2.putText(
-        scene, text, (x + pad, y - pad), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, lineType=cv2.LINE_AA
-    )
+    cv2.putText(scene, text, (x + pad, y - pad), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, lineType=cv2.LINE_AA)

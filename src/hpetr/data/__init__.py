@@ -1,0 +1,40 @@
+"""Pictures and poses: reading, checking, augmenting and batching them."""
+
+from hpetr.data.annotations import ImageRecord, PoseAnnotations, load_annotations
+from hpetr.data.augment import (
+    Compose,
+    KeepRatioResize,
+    OneOf,
+    PhotometricDistortion,
+    RandomAffine,
+    RandomCropResize,
+    RandomHorizontalFlip,
+    RandomResize,
+    Transform,
+)
+from hpetr.data.collate import PoseCollator
+from hpetr.data.dataset import CocoPoseDataset, DatasetReport
+from hpetr.data.images import load_image
+from hpetr.data.processor import HPetrImageProcessor
+from hpetr.data.sample import Sample
+
+__all__ = [
+    "CocoPoseDataset",
+    "Compose",
+    "DatasetReport",
+    "HPetrImageProcessor",
+    "ImageRecord",
+    "KeepRatioResize",
+    "OneOf",
+    "PhotometricDistortion",
+    "PoseAnnotations",
+    "PoseCollator",
+    "RandomAffine",
+    "RandomCropResize",
+    "RandomHorizontalFlip",
+    "RandomResize",
+    "Sample",
+    "Transform",
+    "load_annotations",
+    "load_image",
+]

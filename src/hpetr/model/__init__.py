@@ -1,0 +1,13 @@
+"""The network. Importing this package registers configuration, model and processor with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForKeypointDetection
+
+from hpetr.data.processor import HPetrImageProcessor
+from hpetr.model.config import HPetrConfig
+from hpetr.model.hpetr import HPetrForPoseEstimation, HPetrOutput
+
+AutoConfig.register(HPetrConfig.model_type, HPetrConfig, exist_ok=True)
+AutoModelForKeypointDetection.register(HPetrConfig, HPetrForPoseEstimation, exist_ok=True)
+AutoImageProcessor.register(HPetrConfig, slow_image_processor_class=HPetrImageProcessor, exist_ok=True)
+
+__all__ = ["HPetrConfig", "HPetrForPoseEstimation", "HPetrImageProcessor", "HPetrOutput"]

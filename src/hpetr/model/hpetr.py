@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForKeypointDetection, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -89,9 +90,8 @@ class HPetrForPoseEstimation(PreTrainedModel):
             init.copy_(module.sampling_offsets.bias, module.initial_offsets())
             init.zeros_(module.attention_weights.weight)
         elif isinstance(module, PoseDecoder):
-            prior = torch.logit(torch.tensor(CLASS_PRIOR)).item()
             for head in module.class_heads:
-                init.constant_(head.bias, prior)
+                init.constant_(head.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
             for mlp in module.keypoint_heads:
                 init.zeros_(mlp[-1].weight)
         elif isinstance(module, JointDecoder):
@@ -99,7 +99,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 init.zeros_(mlp[-1].weight)
         elif isinstance(module, HPetrForPoseEstimation):
             init.normal_(module.heatmap_head.weight, std=0.01)
-            init.constant_(module.heatmap_head.bias, HEATMAP_PRIOR)
+            init.constant_(module.heatmap_head.bias, math.log(HEATMAP_PRIOR / (1 - HEATMAP_PRIOR)))
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Grid]:
         """Pixels (B, 3, H, W) and mask (B, H, W) to memory (B, S, D) and its grid."""
@@ -217,7 +217,3 @@ class HPetrForPoseEstimation(PreTrainedModel):
         padding = None if grid.padding_mask is None else grid.padding_mask.unflatten(-1, (height, width))
         stride = round(padded_width / width)
         return heatmap_loss(logits, padding, targets, stride, self.config)
-
-
-AutoConfig.register(HPetrConfig.model_type, HPetrConfig, exist_ok=True)
-AutoModelForKeypointDetection.register(HPetrConfig, HPetrForPoseEstimation, exist_ok=True)

@@ -29,6 +29,28 @@ static inline int64_t thread_number(void) {
 #endif
 }
 
+/* Arrays over the points of a head (levels x points). */
+typedef struct {
+    double *width, *height, *start; /* of the point's level: sides in pixels, first token */
+} level_of_point;
+
+static int spread_levels(const problem *p, level_of_point *spread) {
+    const int64_t count = p->levels * p->points;
+    double *memory = malloc(3 * (size_t)count * sizeof *memory);
+    if (!memory) return 1;
+    spread->width = memory, spread->height = memory + count, spread->start = memory + 2 * count;
+    int64_t start = 0;
+    for (int64_t l = 0; l < p->levels; l++) {
+        for (int64_t i = l * p->points; i < (l + 1) * p->points; i++) {
+            spread->height[i] = (double)p->shapes[2 * l];
+            spread->width[i] = (double)p->shapes[2 * l + 1];
+            spread->start[i] = (double)start;
+        }
+        start += p->shapes[2 * l] * p->shapes[2 * l + 1];
+    }
+    return 0;
+}
+
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
 typedef float loose_floats __attribute__((vector_size(32), aligned(4), may_alias));

@@ -1,0 +1,57 @@
+# Every target installs what it needs into $(VENV) first; nothing else on the machine changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+DEMO_OUTPUT := outputs/demo
+
+.PHONY: help install demo test lint format bench docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    poses of the pictures in examples/, drawn into $(DEMO_OUTPUT)/"
+	@echo "make test    all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  ruff's formatting and safe fixes"
+	@echo "make bench   the scripts in benchmarks/"
+	@echo "make docs    the documentation, into site/"
+	@echo "make clean   remove $(VENV), caches and built files"
+
+install: $(INSTALLED)
+
+# The constraints pin every version; a bare `torch` could bring several GB of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/hpetr predict examples/*.jpg --output $(DEMO_OUTPUT)
+	@echo "Look at the drawn pictures in $(DEMO_OUTPUT)/"
+
+# One thread a process: the two test processes would otherwise compete for the same cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,185 @@
+"""Checkpoint folders: finding one, and loading it whole or saying in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from hpetr.data.processor import HPetrImageProcessor
+from hpetr.errors import InputError
+from hpetr.model.config import HPetrConfig
+from hpetr.model.hpetr import HPetrForPoseEstimation
+
+if TYPE_CHECKING:
+    import os
+
+BUNDLED = "h-petr-nano"
+CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+
+
+def bundled_checkpoint() -> Path:
+    """The folder of the checkpoint that comes with the package."""
+    return Path(str(files("hpetr"))) / "weights" / BUNDLED
+
+
+def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
+    """The folder meant: the one given, or the bundled one for None and for its name.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if checkpoint is None or (str(checkpoint) == BUNDLED and not Path(BUNDLED).exists()):
+        folder = bundled_checkpoint()
+    else:
+        folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    found = "is a file" if folder.exists() else "no such folder"
+    hint = "; `hpetr convert` makes one of an official .pth" if folder.suffix in {".pth", ".pt"} else ""
+    raise InputError(f"{folder}: {found}, expected a checkpoint folder with {CONFIG} and {WEIGHTS}{hint}")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!s}: not available here ({str(error).splitlines()[0]})") from error
+    return chosen
+
+
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str] | None, device: str | torch.device = "auto"
+) -> tuple[HPetrForPoseEstimation, HPetrImageProcessor]:
+    """Model, in eval mode on the device, and processor of a folder that `save_pretrained` wrote.
+
+    Only safetensors are read: a pickled weight file can run code, and is refused unopened.
+
+    Raises:
+        InputError: the folder is missing, incomplete, of another model type, or its weights are truncated or do not
+            fit its configuration.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    chosen = resolve_device(device)
+    config = load_config(folder)
+    _check_files(folder)
+    try:
+        processor = HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / PROCESSOR}: {_first_line(error)}") from error
+    return _load_model(folder, config).eval().to(chosen), processor
+
+
+def load_config(folder: Path) -> HPetrConfig:
+    """The folder's configuration.
+
+    Raises:
+        InputError: it is missing, not JSON, of another model type, or not valid.
+    """
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: has no {CONFIG}, expected a checkpoint folder of hpetr") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != HPetrConfig.model_type:
+        raise InputError(f"{path}: model_type is {model_type!r}, expected {HPetrConfig.model_type!r}")
+    try:
+        return HPetrConfig.from_dict(values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {_first_line(error)}") from error
+
+
+def _check_files(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+        hint = f"; {pickled[0]} is pickled and never loaded" if pickled else ""
+        raise InputError(f"{folder}: has no {WEIGHTS}{hint}")
+    if not (folder / PROCESSOR).is_file():
+        raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside the model (processor.save_pretrained)")
+
+
+def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
+    try:
+        with _quiet_transformers():
+            # Tensors that are missing or of another shape are filled with random numbers; the report tells which.
+            loaded: Any = HPetrForPoseEstimation.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read, truncated? ({_first_line(error)})") from error
+    model, report = loaded
+    for problem, keys in (
+        ("is missing", report["missing_keys"]),
+        ("belongs to no module", report["unexpected_keys"]),
+        ("has another shape", [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]),
+    ):
+        if keys:
+            raise InputError(
+                f"{folder / WEIGHTS}: tensor {min(keys)!r} {problem} ({len(keys)} such), expected the weights of "
+                f"{CONFIG}"
+            )
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no reports in the log; what is wrong becomes an error instead."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def save_checkpoint(model: HPetrForPoseEstimation, processor: HPetrImageProcessor, folder: Path) -> None:
+    """Write model and processor as a new checkpoint folder, which appears whole or not at all.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already, expected a new or empty folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / folder.name
+            with _quiet_transformers():
+                model.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
+            if folder.exists():
+                folder.rmdir()
+            unfinished.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error

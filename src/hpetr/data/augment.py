@@ -1,0 +1,211 @@
+"""Augmentation: callables `(sample, rng) -> sample` that leave the sample they get as it is.
+
+Every random choice comes from the generator given, so a sample and a seed give the same result in any process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from hpetr.data.images import IMAGENET_MEAN, keep_ratio_size, resize_image
+from hpetr.data.sample import Sample, move_labels
+from hpetr.errors import InputError
+
+# OpenCV's warps index pixels with 16-bit integers.
+_MAX_WARP_SIDE = 32766
+
+
+class Transform(Protocol):
+    """An augmentation."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Compose:
+    """One transform after the other."""
+
+    transforms: Sequence[Transform]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for transform in self.transforms:
+            sample = transform(sample, rng)
+        return sample
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of the transforms, each as likely as any other."""
+
+    transforms: Sequence[Transform]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return self.transforms[int(rng.integers(len(self.transforms)))](sample, rng)
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """Mirror the picture with probability `p`; left joints become right ones.
+
+    Args:
+        p: probability.
+        flip_index: the skeleton's permutation of length K (`Skeleton.flip_index`).
+    """
+
+    p: float
+    flip_index: Sequence[int]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if rng.random() >= self.p:
+            return sample
+        matrix = np.array([[-1, 0, sample.image.shape[1]], [0, 1, 0]], dtype=np.float64)
+        flipped = move_labels(sample, np.ascontiguousarray(sample.image[:, ::-1]), matrix)
+        return replace(flipped, keypoints=flipped.keypoints[:, list(self.flip_index)])
+
+
+def _resize(sample: Sample, height: int, width: int) -> Sample:
+    old_height, old_width = sample.image.shape[:2]
+    matrix = np.array([[width / old_width, 0, 0], [0, height / old_height, 0]])
+    return move_labels(sample, resize_image(sample.image, height, width), matrix)
+
+
+@dataclass(frozen=True)
+class KeepRatioResize:
+    """The processor's resize: the largest scale with the short side at most `short`, the long side at most `long`."""
+
+    short: int
+    long: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
+        height, width = sample.image.shape[:2]
+        return _resize(sample, *keep_ratio_size(height, width, self.short, self.long))
+
+
+@dataclass(frozen=True)
+class RandomResize:
+    """`KeepRatioResize` to one of `short_sides` (a list, or a `range`), long side at most `long_side`."""
+
+    short_sides: Sequence[int]
+    long_side: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        short = self.short_sides[int(rng.integers(len(self.short_sides)))]
+        return KeepRatioResize(short, self.long_side)(sample)
+
+
+@dataclass(frozen=True)
+class RandomCropResize:
+    """Resize, cut out a rectangle at a random place, and resize that.
+
+    The cut may hold nobody: it then shows background.
+
+    Args:
+        first: before the cut.
+        second: after the cut.
+        crop_height: smallest and largest height of the cut in pixels, drawn evenly; the picture's where that is less.
+        crop_width: likewise.
+    """
+
+    first: RandomResize
+    second: RandomResize
+    crop_height: tuple[int, int] = (384, 384)
+    crop_width: tuple[int, int] = (600, 600)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        sample = self.first(sample, rng)
+        height, width = sample.image.shape[:2]
+        top, bottom = _random_span(height, self.crop_height, rng)
+        left, right = _random_span(width, self.crop_width, rng)
+        matrix = np.array([[1, 0, -left], [0, 1, -top]], dtype=np.float64)
+        return self.second(move_labels(sample, sample.image[top:bottom, left:right], matrix), rng)
+
+
+def _random_span(side: int, sizes: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+    size = int(rng.integers(min(side, sizes[0]), min(side, sizes[1]) + 1))
+    start = int(rng.integers(0, side - size + 1))
+    return start, start + size
+
+
+@dataclass(frozen=True)
+class RandomAffine:
+    """Rotate, shear and scale about the centre of the picture, whose size stays.
+
+    Args:
+        rotation: largest angle in degrees, either way.
+        shear: largest angle in degrees, either way, along x and along y.
+        scale: smallest and largest scale.
+        fill: RGB of what comes from outside the picture, 0..255; the mean of ImageNet, which normalises to about 0.
+    """
+
+    rotation: float = 30.0
+    shear: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    fill: tuple[float, float, float] = tuple(255 * mean for mean in IMAGENET_MEAN)  # type: ignore[assignment]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = sample.image.shape[:2]
+        if max(height, width) > _MAX_WARP_SIDE:
+            raise InputError(f"{sample.path}: is {width} x {height}, expected sides of at most {_MAX_WARP_SIDE} pixels")
+        angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation))
+        shear_x, shear_y = np.tan(np.deg2rad(rng.uniform(-self.shear, self.shear, size=2)))
+        rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        linear = np.array([[1, shear_x], [shear_y, 1]]) @ rotate * rng.uniform(*self.scale)  # (2, 2)
+        centre = np.array([width / 2, height / 2])
+        matrix = np.column_stack([linear, centre - linear @ centre])  # (2, 3)
+        # OpenCV counts from the centre of the first pixel, labels from the picture's edge, half a pixel before it.
+        warp = matrix.copy()
+        warp[:, 2] += linear @ (0.5, 0.5) - 0.5
+        image = cv2.warpAffine(sample.image, warp, (width, height), flags=cv2.INTER_LINEAR, borderValue=self.fill)
+        return move_labels(sample, image, matrix)
+
+
+@dataclass(frozen=True)
+class PhotometricDistortion:
+    """Brightness, contrast, saturation, hue and the order of the channels, each with probability one half.
+
+    Contrast comes, evenly, before or after saturation and hue. The result is rounded to uint8 and cut off at 0 and
+    255.
+
+    Args:
+        brightness: largest change of a pixel, in 0..255.
+        contrast: smallest and largest factor on the pixels.
+        saturation: smallest and largest factor on the saturation.
+        hue: largest turn in degrees.
+        swap_channels: probability of a random order of the channels.
+    """
+
+    brightness: float = 32.0
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: float = 18.0
+    swap_channels: float = 0.5
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        shift = rng.uniform(-self.brightness, self.brightness) if rng.random() < 0.5 else 0.0
+        contrast_first = rng.random() < 0.5
+        factor = rng.uniform(*self.contrast) if rng.random() < 0.5 else 1.0
+        saturation = rng.uniform(*self.saturation) if rng.random() < 0.5 else 1.0
+        turn = rng.uniform(-self.hue, self.hue) if rng.random() < 0.5 else 0.0
+        swap = rng.random() < self.swap_channels
+
+        # (H, W, 3) float32 throughout: values beyond 0..255 must survive until the last step.
+        image: np.ndarray = sample.image.astype(np.float32)
+        image += shift
+        if contrast_first:
+            image *= factor
+        if saturation != 1.0 or turn != 0.0:
+            np.maximum(image, 0, out=image)  # a negative value has no hue: dark pixels would come back bright
+            hsv: np.ndarray = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # hue 0..360, saturation 0..1
+            hsv[..., 0] = (hsv[..., 0] + turn) % 360
+            hsv[..., 1] *= saturation
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if not contrast_first:
+            image *= factor
+        if swap:
+            image = image[..., rng.permutation(3)]
+        return replace(sample, image=np.rint(image).clip(0, 255).astype(np.uint8))

@@ -1,0 +1,203 @@
+"""Poses of whole folders of picture files: which pictures, what the outputs are called, and the results file."""
+
+from __future__ import annotations
+
+import glob
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hpetr.data.images import load_image
+from hpetr.errors import InputError
+from hpetr.predict import PosePredictor
+from hpetr.results import PoseResult, check_writable, write_bytes, write_json
+from hpetr.skeleton import Skeleton
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
+RESULTS_NAME = "predictions.json"
+
+
+def find_pictures(inputs: Sequence[str]) -> list[Path]:
+    """The pictures that files, folders and glob patterns name, each once, in the order given, folders by name.
+
+    A folder gives the files with a picture's suffix directly in it; a file that is named is taken whatever its suffix.
+
+    Raises:
+        InputError: an input names nothing.
+    """
+    found: dict[Path, Path] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+            if not pictures:
+                raise InputError(f"{path}: the folder has no picture directly in it (its sub-folders are not searched)")
+        elif path.is_file():
+            pictures = [path]
+        elif glob.has_magic(text):
+            pictures = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+            if not pictures:
+                raise InputError(f"{text}: the pattern matches no file")
+        else:
+            raise InputError(f"{path}: no such file or folder, expected pictures")
+        for picture in pictures:
+            found.setdefault(picture.resolve(), picture)
+    return list(found.values())
+
+
+def output_names(pictures: Sequence[Path]) -> list[str]:
+    """A file name for each picture's drawing, all different even where letter case does not count.
+
+    JPEGs stay JPEGs, everything else becomes PNG. Of equal names the later ones get their folder's name in front, and
+    a number where that is not enough.
+    """
+    taken: set[str] = set()
+    names = []
+    for picture in pictures:
+        suffix = picture.suffix if picture.suffix.lower() in JPEG_SUFFIXES else ".png"
+        with_folder = f"{picture.resolve().parent.name}_{picture.stem}"
+        candidates = [picture.stem, with_folder, *(f"{with_folder}_{n}" for n in range(2, len(pictures) + 2))]
+        name = next(f"{stem}{suffix}" for stem in candidates if f"{stem}{suffix}".lower() not in taken)
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+@dataclass
+class PredictionRun:
+    """What became of the pictures.
+
+    Attributes:
+        pictures: how many were given.
+        people: poses found in all of them.
+        unreadable: pictures that could not be read, and why.
+        results: the JSON with all poses.
+    """
+
+    pictures: int
+    results: Path
+    people: int = 0
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def predict_files(
+    predictor: PosePredictor,
+    pictures: Sequence[Path],
+    output: Path,
+    results: Path | None = None,
+    draw: bool = True,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PredictionRun:
+    """Predict every picture, write the drawings and one JSON; a picture that cannot be read does not stop the rest.
+
+    The JSON is a COCO keypoint file: `images`, `categories`, and `annotations` whose keypoints are x, y, score and
+    that have a `score`; `unreadable` lists the pictures that are not in it.
+
+    Args:
+        pictures: see `find_pictures`.
+        output: folder for the drawings, named by `output_names`.
+        results: the JSON; None puts `predictions.json` into `output`.
+        draw: write drawings.
+        batch_size: see `PosePredictor`.
+        progress: called with the number of pictures after each batch.
+
+    Raises:
+        InputError: no picture at all can be read, or an output cannot be written.
+    """
+    run = PredictionRun(len(pictures), output / RESULTS_NAME if results is None else results)
+    names = dict(zip(pictures, output_names(pictures), strict=True))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    size = predictor.default_batch_size if batch_size is None else batch_size
+    for start in range(0, len(pictures), size):
+        batch = pictures[start : start + size]
+        for path, picture, result in _predict_readable(predictor, batch, size, run):
+            image_id = len(images) + 1
+            height, width = result.image_size
+            images.append({"id": image_id, "file_name": str(path), "height": height, "width": width})
+            annotations += _annotations(result, image_id, len(annotations))
+            if draw:
+                name = names[path]
+                write_bytes(output / name, encode_picture(result.draw(picture), Path(name).suffix))
+        if progress is not None:
+            progress(len(batch))
+    if not images:
+        more = f" (and none of the other {len(pictures) - 1} pictures)" if len(pictures) > 1 else ""
+        raise InputError(f"{run.unreadable[0][1]}{more}")
+    run.people = len(annotations)
+    write_json(
+        run.results,
+        {
+            "images": images,
+            "annotations": annotations,
+            "categories": _categories(predictor),
+            "unreadable": [{"file_name": str(path), "reason": reason} for path, reason in run.unreadable],
+        },
+    )
+    return run
+
+
+def _predict_readable(
+    predictor: PosePredictor, paths: Sequence[Path], batch_size: int, run: PredictionRun
+) -> Iterator[tuple[Path, np.ndarray, PoseResult]]:
+    readable, loaded = [], []
+    for path in paths:
+        try:
+            loaded.append(load_image(path))
+            readable.append(path)
+        except InputError as error:
+            run.unreadable.append((path, str(error)))
+    yield from zip(readable, loaded, predictor(loaded, batch_size), strict=True)
+
+
+def _annotations(result: PoseResult, image_id: int, count: int) -> list[dict[str, Any]]:
+    category_ids = range(1, int(result.labels.max(initial=0)) + 2)
+    return [
+        {"id": count + number, "area": pose["bbox"][2] * pose["bbox"][3], "iscrowd": 0, **pose}
+        for number, pose in enumerate(result.to_coco(image_id, category_ids), start=1)
+    ]
+
+
+def _categories(predictor: PosePredictor) -> list[dict[str, Any]]:
+    skeleton = Skeleton.from_dict(predictor.model.config.skeleton)
+    edges = [[first + 1, second + 1] for first, second in skeleton.edges]  # COCO counts from 1
+    return [
+        {"id": number, "name": name, "keypoints": list(skeleton.names), "skeleton": edges}
+        for number, name in enumerate(predictor.class_names, start=1)
+    ]
+
+
+def encode_picture(picture: np.ndarray, suffix: str) -> bytes:
+    """(H, W, 3) uint8 RGB as the bytes of a JPEG or, for any other suffix, a PNG."""
+    buffer = io.BytesIO()
+    if suffix.lower() in JPEG_SUFFIXES:
+        Image.fromarray(picture).save(buffer, "JPEG", quality=92)
+    else:
+        Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def check_outputs(pictures: Sequence[Path], output: Path, results: Path | None, draw: bool) -> None:
+    """Prove before any work that the outputs can be written and that no input is among them.
+
+    Raises:
+        InputError: a folder cannot be written, or a drawing would replace one of the pictures.
+    """
+    if draw or results is None:
+        check_writable(output)
+    if results is not None:
+        check_writable(results.parent)
+        if results.is_dir():
+            raise InputError(f"{results}: is a folder, expected a file for the results")
+    if draw:
+        inputs = {picture.resolve() for picture in pictures}
+        for name in output_names(pictures):
+            if (output / name).resolve() in inputs:
+                raise InputError(f"{output / name}: is one of the pictures, expected another output folder")

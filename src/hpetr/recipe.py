@@ -1,0 +1,204 @@
+"""Training recipes: one YAML file of plain values, checked completely before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hpetr.data.processor import HPetrImageProcessor
+from hpetr.errors import InputError
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a misspelt learning rate must not train for a week with the default."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelRecipe(Strict):
+    """Which model, and which weights it starts from."""
+
+    preset: str
+    options: dict[str, Any] = Field(default={}, description="overrides of the preset, see HPetrConfig")
+    weights: str = Field(
+        default="none", description="'imagenet' (backbone of h-petr-nano), 'none', or the folder of a checkpoint"
+    )
+
+
+class DataSource(Strict):
+    """A COCO keypoint JSON and its pictures."""
+
+    annotations: Path
+    images: Path | None = Field(default=None, description="default: the folder `images` beside the annotations")
+    limit: int | None = Field(default=None, ge=1, description="the first pictures only")
+    repeat: int = Field(default=1, ge=1, description="how often an epoch sees each picture")
+
+
+class DataRecipe(Strict):
+    """Pictures to train on and, optionally, to evaluate on during training."""
+
+    train: list[DataSource] = Field(min_length=1)
+    val: DataSource | None = None
+
+
+class AugmentRecipe(Strict):
+    """Augmentation; METHOD: PETR's training pipeline."""
+
+    short_sides: list[int] = Field(min_length=1, description="short side drawn from these, pixels")
+    long_side: int = Field(ge=32, description="limit of the long side, pixels")
+    crop_short_sides: list[int] = Field(default=[], description="short side before a random crop; [] = no crops")
+    crop: tuple[int, int] = Field(default=(384, 600), description="height and width of the crop")
+    flip: float = Field(default=0.5, ge=0, le=1)
+    rotation: float = Field(default=0.0, ge=0, le=180, description="degrees, either way")
+    photometric: bool = False
+
+
+class ProcessorRecipe(Strict):
+    """The image processor that training, evaluation and the saved checkpoint share."""
+
+    shortest_edge: int = 800
+    longest_edge: int = 1333
+    image_mean: tuple[float, float, float] = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+    image_std: tuple[float, float, float] = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+    pad_size_divisor: int = 1
+    threshold: float = 0.3
+
+    def build(self) -> HPetrImageProcessor:
+        return HPetrImageProcessor(
+            size={"shortest_edge": self.shortest_edge, "longest_edge": self.longest_edge},
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            pad_size_divisor=self.pad_size_divisor,
+            threshold=self.threshold,
+        )
+
+
+class TrainRecipe(Strict):
+    """Optimisation. Every interval counts optimiser steps."""
+
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(default=8, ge=1, description="pictures of a step and process")
+    lr: float = Field(default=2e-4, gt=0)
+    backbone_lr_factor: float = Field(default=0.1, ge=0)
+    offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
+    weight_decay: float = Field(default=1e-4, ge=0)
+    clip: float = Field(default=0.1, gt=0, description="norm that gradients are clipped to")
+    schedule: Literal["step", "cosine"] = "step"
+    drops: list[float] = Field(default=[0.8], description="shares of the run after which `step` divides lr by 10")
+    warmup_steps: int = Field(default=0, ge=0)
+    seed: int = 0
+    workers: int = Field(default=2, ge=0, description="processes that load pictures")
+    log_every: int = Field(default=20, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1, description="checkpoints kept for resuming")
+    eval_every: int = Field(default=0, ge=0, description="0 = only at the end")
+
+
+class Recipe(Strict):
+    """A whole training run; `hpetr train RECIPE`."""
+
+    output: Path
+    model: ModelRecipe
+    data: DataRecipe
+    augment: AugmentRecipe
+    processor: ProcessorRecipe = ProcessorRecipe()
+    train: TrainRecipe
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file. A key `base:` names one other file, relative to it, whose values this one overrides.
+        overrides: `key.key=value`, values in YAML; a list's entries count from 0: `data.train.0.limit=16`.
+    Raises:
+        InputError: names the file, the key and what was expected.
+    """
+    path = Path(path)
+    values = _read(path)
+    if (base := values.pop("base", None)) is not None:
+        parent = _read(path.parent / str(base))
+        if "base" in parent:
+            raise InputError(f"{path}: base {base!r} has a base of its own, expected at most one level")
+        values = _merge(parent, values)
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first_problem(error)}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the recipe ({error.strerror or error})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of recipe keys")
+    return values
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: expected key=value, e.g. train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    node: Any = values
+    for name in parents:
+        if isinstance(node, list):
+            node = node[_index(node, name, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(name, {})
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise InputError(f"override {override!r}: {'.'.join(parents)} has no keys")
+
+
+def _index(node: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise InputError(f"override {override!r}: expected a number below {len(node)} instead of {name!r}")
+    return int(name)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys that a recipe knows at the place where `location` names an unknown one."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            annotation = str(model.model_fields[part].annotation)
+            model = next((c for c in Strict.__subclasses__() if c.__name__ in annotation), model)
+    return list(model.model_fields)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        return f"unknown key {key!r}, {hint}{more}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}{more}"

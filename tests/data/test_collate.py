@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpetr.data import HPetrImageProcessor, PoseCollator, Sample
+
+
+def make_sample(height, width, people, k=4):
+    rng = np.random.default_rng(height)
+    return Sample(
+        image=rng.integers(0, 256, (height, width, 3), dtype=np.uint8),
+        keypoints=rng.uniform(0, 50, (people, k, 3)).astype(np.float32),
+        boxes=np.zeros((people, 4), np.float32),
+        areas=np.ones(people, np.float32),
+        class_labels=np.zeros(people, np.int64),
+        ignore_boxes=np.ones((1, 4), np.float32),
+        image_id=height,
+        path=Path("a.png"),
+    )
+
+
+def test_batch_has_the_processors_pixels_and_the_samples_labels():
+    processor = HPetrImageProcessor(size={"shortest_edge": 80, "longest_edge": 120}, pad_size_divisor=32)
+    samples = [make_sample(80, 100, 2), make_sample(120, 80, 0)]  # of these sizes, the processor's resize does nothing
+    batch = PoseCollator.from_processor(processor)(samples)
+    expected = processor([sample.image for sample in samples])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert torch.equal(batch["pixel_mask"], expected["pixel_mask"])
+    first, second = batch["labels"]
+    assert torch.equal(first["keypoints"], torch.from_numpy(samples[0].keypoints))
+    assert (first["boxes"].shape, first["areas"].shape, first["ignore_boxes"].shape) == ((2, 4), (2,), (1, 4))
+    assert first["class_labels"].dtype == torch.int64
+    assert first["image_id"].item() == 80
+    assert second["keypoints"].shape == (0, 4, 3)
+    assert second["boxes"].shape == (0, 4)
+
+
+def test_defaults_are_the_default_processors():
+    assert PoseCollator.from_processor(HPetrImageProcessor())([make_sample(70, 70, 1)])["pixel_values"].equal(
+        PoseCollator()([make_sample(70, 70, 1)])["pixel_values"]
+    )
