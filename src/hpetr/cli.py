@@ -228,7 +228,7 @@ def _print_model(model: ModelInfo) -> None:
         ("trainable", f"{model.trainable:,}"),
         ("frozen", f"{model.frozen:,}"),
         ("input", f"{model.size[0]} x {model.size[1]} (height x width)"),
-        ("FLOPs", f"{model.flops / 1e9:.1f} G (multiply-add = 2; deformable sampling not counted)"),
+        ("FLOPs", f"{model.flops / 1e9:.1f} G, multiply-add = 2, without deformable sampling"),
         ("tokens per level", f"{tokens} (sum {sum(model.tokens):,})"),
     ]
     _print_table(model.name, rows)
@@ -236,7 +236,8 @@ def _print_model(model: ModelInfo) -> None:
 
 def _print_metrics(result: EvalResult, source: str) -> None:
     rows = [(name, "-" if value < 0 else f"{value:.4f}") for name, value in result.metrics.items()]
-    _print_table(f"{source}: {result.pictures} pictures, {result.seconds:.1f} s", rows)
+    pictures = _count(result.pictures, "picture", "pictures")
+    _print_table(f"{source}: {pictures}, {result.seconds:.1f} s", rows)
 
 
 def _print_table(title: str, rows: Any) -> None:

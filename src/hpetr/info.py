@@ -17,6 +17,7 @@ from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
 from hpetr.kernels import kernel_name
 from hpetr.model.config import PRESETS, HPetrConfig
+from hpetr.model.encoder import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
 
 # The size that pictures of COCO mostly have, height and width.
@@ -64,7 +65,8 @@ def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
     with torch.device("meta"):
         model = HPetrForPoseEstimation(config).eval()
         pixels = torch.empty(1, 3, height, width)
-    _, grid = model.encode(pixels, None)
+    grids: list[Grid] = []
+    model.encoder.register_forward_pre_hook(lambda _, arguments: grids.append(arguments[2]))
     # With gradients on: without them self-attention takes a fused path that the counter does not see.
     with FlopCounterMode(display=False) as counter:
         model(pixels)
@@ -77,7 +79,7 @@ def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
         frozen=total - trainable,
         size=(height, width),
         flops=counter.get_total_flops(),
-        tokens=tuple(h * w for h, w in grid.spatial_shapes),
+        tokens=tuple(h * w for h, w in grids[0].spatial_shapes),
     )
 
 

@@ -75,7 +75,11 @@ def our_term(official: str) -> str:
 
 
 def test_training_step(golden) -> None:
-    _, model, _, settings = golden
+    name, model, _, settings = golden
+    # Two proposals of the hybrid case lie 9e-7 apart in score, ranks 595 and 596: closer than float32's noise of 4e-6,
+    # so that the order, and with it a loss by 4e-4, is luck there. Float64 has the official order on every machine.
+    dtype = torch.float64 if name == "h-petr-r50" else torch.float32
+    model.to(dtype)
     step = settings["training"]
     pixels, masks, labels = [], [], []
     for i, (height, width, people, seed) in enumerate(step["sizes"]):
@@ -87,12 +91,12 @@ def test_training_step(golden) -> None:
         pixels.append(picture)
         masks.append(mask)
     model.zero_grad()
-    output = model(torch.cat(pixels), torch.cat(masks), labels)  # evaluation mode: no dropout
+    output = model(torch.cat(pixels).to(dtype), torch.cat(masks), labels)  # evaluation mode: no dropout
     output.loss.backward()
 
     assert {our_term(name) for name in step["terms"]} == set(output.loss_dict)
-    for name, value in step["terms"].items():
-        assert output.loss_dict[our_term(name)].item() == pytest.approx(value, rel=1e-4), name
+    for term, value in step["terms"].items():
+        assert output.loss_dict[our_term(term)].item() == pytest.approx(value, rel=1e-4), term
     assert output.loss.item() == pytest.approx(step["total"], rel=1e-4)
     assert sum(output.loss_dict.values()).item() == pytest.approx(output.loss.item(), rel=1e-6)
 
@@ -101,9 +105,10 @@ def test_training_step(golden) -> None:
         for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
             target.copy_(torch.zeros_like(target) if source.grad is None else source.grad)
     official = to_official(gradients)
-    for name, norm in step["grad_norms"].items():
-        assert official[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+    for parameter, norm in step["grad_norms"].items():
+        assert official[parameter].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), parameter
     model.zero_grad()
+    model.float()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone
@@ -77,8 +76,6 @@ class FeatureExtractor(nn.Module):
         if padding is not None:
             # What lies in the padding must not reach the picture: the published pipeline pads with zeros.
             pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
-        # Channels last makes the CPU's convolutions 1.5 to 1.9 times as fast, forward and backward.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = self.neck(list(self.body(pixel_values).feature_maps))
         if padding is None:
             return maps, None

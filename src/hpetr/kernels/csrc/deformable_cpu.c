@@ -5,6 +5,7 @@
  * out (B, Q, M, D). Needs GCC's vector extensions, which clang has too; the vectors are split where the CPU's are
  * narrower.
  */
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,8 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#define QUERY_BLOCK 64
+#define QUERY_BLOCK 16 /* queries a thread takes at a time */
+#define TILE 8         /* points located at a time */
 
 /* Mirrored by `_Problem` in kernels/cpu.py. */
 typedef struct {
@@ -49,6 +51,20 @@ static int spread_levels(const problem *p, level_of_point *spread) {
         start += p->shapes[2 * l] * p->shapes[2 * l + 1];
     }
     return 0;
+}
+
+static int64_t level_start(const problem *p, int64_t level) {
+    int64_t start = 0;
+    for (int64_t l = 0; l < level; l++) start += p->shapes[2 * l] * p->shapes[2 * l + 1];
+    return start;
+}
+
+/* Rounding errors of a float sum of n terms grow with n; of blocks of k terms, summed, with k and n / k. With n the
+ * mean number of terms per token of the level, k = max(64, sqrt(n)); in units of QUERY_BLOCK queries. */
+static int64_t blocks_per_flush(const problem *p, int64_t level) {
+    const double per_query = 4.0 * (double)p->points / (double)(p->shapes[2 * level] * p->shapes[2 * level + 1]);
+    const double terms = __builtin_sqrt(per_query * (double)p->queries);
+    return (int64_t)((terms > 64.0 ? terms : 64.0) / (per_query * QUERY_BLOCK)) + 1;
 }
 
 typedef float floats __attribute__((vector_size(32)));
