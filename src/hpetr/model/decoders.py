@@ -37,6 +37,36 @@ class Predictions:
     keypoints: Tensor
 
 
+@dataclass
+class Proposals:
+    """A pose from every token, its keypoints computed only where they are asked for.
+
+    Their MLP over all tokens costs as much as two encoder layers of h-petr-nano. Inference needs it for the N best tokens
+    only; training for all of them in the matching, which takes no gradient, and for the matched ones in the loss.
+
+    Attributes:
+        logits: (B, S, C) class logits. features: (B, S, D).
+        centre_logits: (B, S, 2) logit of each token's centre, infinite where a token has none.
+        head: MLP from features to offsets (..., 2 K).
+    """
+
+    logits: Tensor
+    features: Tensor
+    centre_logits: Tensor
+    head: nn.Module
+
+    def keypoints_at(self, image: Tensor, token: Tensor) -> Tensor:
+        """Keypoints (..., K, 2) of tokens of images, indices (...,) that broadcast."""
+        offsets = self.head(self.features[image, token]).unflatten(-1, (-1, 2))  # (..., K, 2)
+        return (offsets + self.centre_logits[image, token][..., None, :]).sigmoid()
+
+    @torch.no_grad()
+    def predictions(self) -> Predictions:
+        """Logits (B, S, C) and keypoints (B, S, K, 2) of all tokens, without gradient."""
+        offsets = self.head(self.features).unflatten(-1, (-1, 2))
+        return Predictions(self.logits.detach(), (offsets + self.centre_logits[..., None, :]).sigmoid())
+
+
 class PoseDecoder(nn.Module):
     """Proposals from the encoder's tokens, and decoder layers that refine whole poses.
 
@@ -64,14 +94,11 @@ class PoseDecoder(nn.Module):
         self.class_heads = nn.ModuleList(nn.Linear(width, config.num_labels) for _ in range(heads))
         self.keypoint_heads = nn.ModuleList(mlp(width, config.keypoint_head_dim, joints * 2, 3) for _ in range(heads))
 
-    def propose(self, memory: Tensor, grid: Grid) -> tuple[Predictions, Tensor]:
-        """A pose from every token.
+    def propose(self, memory: Tensor, grid: Grid) -> Proposals:
+        """A pose from every token of memory (B, S, D).
 
         Tokens on padding or within 1% of the border have no centre: their memory is zeroed and their centre's logit is
         infinite, so that they predict the picture's far corner. As published, they still take part in the ranking.
-
-        Returns:
-            Predictions with logits (B, S, C) and keypoints (B, S, K, 2), and the keypoint logits (B, S, K, 2).
         """
         centres = grid.centres
         valid = ((centres > 0.01) & (centres < 0.99)).all(-1, keepdim=True)  # (B, S, 1)
@@ -79,13 +106,11 @@ class PoseDecoder(nn.Module):
             valid = valid & ~grid.padding_mask[..., None]
         centre_logits = torch.where(valid, (centres / (1 - centres)).log(), torch.inf)
         features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
-        offsets = self.keypoint_heads[-1](features).unflatten(-1, (self.num_joints, 2))  # (B, S, K, 2)
-        keypoint_logits = offsets + centre_logits[:, :, None]
-        return Predictions(self.class_heads[-1](features), keypoint_logits.sigmoid()), keypoint_logits
+        return Proposals(self.class_heads[-1](features), features, centre_logits, self.keypoint_heads[-1])
 
     def forward(
         self, memory: Tensor, grid: Grid, *, one_to_many: bool
-    ) -> tuple[Predictions, Predictions, list[int]]:
+    ) -> tuple[Proposals, Predictions, list[int]]:
         """Proposals, then every layer's poses.
 
         Args:
@@ -93,15 +118,16 @@ class PoseDecoder(nn.Module):
             one_to_many: also run the queries of hybrid matching (training). They take the proposals ranked after the
                 one-to-one queries', and neither group sees the other: leaving them out changes nothing else.
         Returns:
-            The proposals (B, S, ...), the layers' predictions (layers, B, Q, ...), and the two groups' sizes. A
+            The proposals, the layers' predictions (layers, B, Q, ...), and the two groups' sizes. A
             picture with fewer tokens than queries leaves the last queries out.
         """
-        proposals, keypoint_logits = self.propose(memory, grid)
+        proposals = self.propose(memory, grid)
         wanted = self.query_embedding.num_embeddings if one_to_many else self.num_queries
         total = min(wanted, memory.shape[1])
         groups = [min(self.num_queries, total), max(total - self.num_queries, 0)]
-        best = proposals.logits[..., 0].topk(total, dim=1).indices[..., None, None]  # (B, Q, 1, 1)
-        references = keypoint_logits.gather(1, best.expand(-1, -1, self.num_joints, 2)).detach().sigmoid()
+        best = proposals.logits[..., 0].topk(total, dim=1).indices  # (B, Q)
+        with torch.no_grad():
+            references = proposals.keypoints_at(torch.arange(len(best), device=best.device)[:, None], best)
         position, x = self.query_embedding.weight[:total].expand(memory.shape[0], -1, -1).chunk(2, -1)  # (B, Q, D)
         logits, keypoints = [], []
         for i, layer in enumerate(self.layers):

@@ -15,7 +15,7 @@ from hpetr.errors import InputError
 from hpetr.model.attention import DeformableAttention
 from hpetr.model.backbone import FeatureExtractor
 from hpetr.model.config import HPetrConfig
-from hpetr.model.decoders import JointDecoder, PoseDecoder, Predictions
+from hpetr.model.decoders import JointDecoder, PoseDecoder, Predictions, Proposals
 from hpetr.model.encoder import Encoder, Grid, make_grid
 from hpetr.model.losses import decoder_losses, heatmap_loss, join_matches, joint_losses
 from hpetr.model.matching import Matches, Targets, check_labels, make_targets
@@ -35,7 +35,7 @@ class HPetrOutput(ModelOutput):
             None while training with labels, where the joint decoder refines the matched poses instead.
         logits: (B, N, C), keypoints: (B, N, K, 2) of the last pose-decoder layer.
         decoder_logits: (layers, B, N, C), decoder_keypoints: (layers, B, N, K, 2).
-        proposal_logits: (B, S, C), proposal_keypoints: (B, S, K, 2).
+        proposal_logits: (B, S, C).
     """
 
     loss: Tensor | None = None
@@ -48,7 +48,6 @@ class HPetrOutput(ModelOutput):
     decoder_logits: Tensor | None = None
     decoder_keypoints: Tensor | None = None
     proposal_logits: Tensor | None = None
-    proposal_keypoints: Tensor | None = None
 
 
 class HPetrForPoseEstimation(PreTrainedModel):
@@ -144,7 +143,6 @@ class HPetrForPoseEstimation(PreTrainedModel):
             decoder_logits=one_to_one.logits,
             decoder_keypoints=one_to_one.keypoints,
             proposal_logits=proposals.logits,
-            proposal_keypoints=proposals.keypoints,
         )
         if labels is not None:
             targets = make_targets(labels, self.picture_sizes(pixel_values, pixel_mask))
@@ -177,7 +175,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
         self,
         memory: Tensor,
         grid: Grid,
-        proposals: Predictions,
+        proposals: Proposals,
         layers: Predictions,
         groups: list[int],
         targets: Targets,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpetr.model.config import HPetrConfig
-from hpetr.model.decoders import Predictions
+from hpetr.model.decoders import Predictions, Proposals
 from hpetr.model.matching import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
@@ -77,7 +77,7 @@ def match_counts(matches: list[Matches], targets: Targets) -> Tensor:
 
 
 def decoder_losses(
-    proposals: Predictions,
+    proposals: Proposals,
     layers: Predictions,
     groups: list[int],
     targets: Targets,
@@ -87,7 +87,7 @@ def decoder_losses(
     """Losses of the proposals and of every pose-decoder layer, both query groups added.
 
     Args:
-        proposals: (B, S, ...). layers: (layers, B, Q, ...), the one-to-one queries first.
+        layers: (layers, B, Q, ...), the one-to-one queries first.
         groups: sizes of the one-to-one and the one-to-many group; the second may be 0.
     Returns:
         The weighted terms, and the last layer's matches: one `Matches` a group, query indices into all Q.
@@ -96,14 +96,16 @@ def decoder_losses(
     sizes = [size for size in groups if size]
     repeats = [1, config.one_to_many_k][: len(sizes)]
     layer_costs = pose_cost(layers, targets, config, sigmas).split(sizes, 2)  # a (layers, B, Q_g, n) each
-    costs = [pose_cost(proposals, targets, config, sigmas)]
+    all_proposals = proposals.predictions()
+    costs = [pose_cost(all_proposals, targets, config, sigmas)]
     costs += [group[i] for i in range(depth) for group in layer_costs]
     matches = assign(costs, targets.counts, [1] + repeats * depth)
     counts = match_counts(matches, targets)  # (1 + layers * groups, 2)
 
-    matched = proposals.keypoints[matches[0].image, matches[0].query]
+    matched = proposals.keypoints_at(matches[0].image, matches[0].query)
+    ranked = Predictions(proposals.logits, all_proposals.keypoints)
     terms = {
-        "proposal.class": config.loss_class * focal_sum(proposals, matches[0], targets, binary=True) / counts[0, 0],
+        "proposal.class": config.loss_class * focal_sum(ranked, matches[0], targets, binary=True) / counts[0, 0],
         "proposal.l1": config.loss_l1 * keypoint_sums(matched, matches[0], targets, sigmas)[0] / counts[0, 1],
     }
     split_logits, split_keypoints = layers.logits.split(sizes, 2), layers.keypoints.split(sizes, 2)

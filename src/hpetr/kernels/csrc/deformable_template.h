@@ -63,8 +63,8 @@ static ALWAYS_INLINE void NAME(locate)(const level_of_point *levels, int64_t beg
     int64_t i = begin;
     for (; i + TILE <= end; i += TILE) NAME(locate_tile)(levels, i, TILE, loc, attn, tiles++, backward);
     if (i < end) {
+        memset(tiles->inside, 0, sizeof tiles->inside);
         NAME(locate_tile)(levels, i, (int)(end - i), loc, attn, tiles, backward);
-        for (int64_t j = end - i; j < TILE; j++) tiles->inside[j] = 0;
     }
 }
 
@@ -76,15 +76,18 @@ static ALWAYS_INLINE void NAME(locate)(const level_of_point *levels, int64_t beg
 /* out[0 .. vectors * LANES) of one query and head; `vectors` is a constant where this is inlined. */
 static ALWAYS_INLINE void NAME(forward_chunk)(const NAME(tile) *tiles, const NAME(tile) *last, const VALUE *value,
                                               int64_t stride, VALUE *out, int vectors) {
-    VEC sum[4] = {{0}};
+    /* at least 8 independent sums, or each multiply-add would wait for the one before */
+    const int sets = vectors == 4 ? 2 : 4;
+    VEC sum[4][4] = {{{0}}};
     for (const NAME(tile) *s = tiles; s < last; s++)
         for (int j = 0; j < TILE; j++) {
             if (!s->inside[j]) continue;
             ROWS(s, j, stride);
             for (int c = 0; c < 4; c++)
-                for (int k = 0; k < vectors; k++) sum[k] += s->corner[c][j] * LOAD_VEC(value + rows[c] + k * LANES);
+                for (int k = 0; k < vectors; k++)
+                    sum[c % sets][k] += s->corner[c][j] * LOAD_VEC(value + rows[c] + k * LANES);
         }
-    for (int k = 0; k < vectors; k++) STORE_VEC(out + k * LANES, sum[k]);
+    for (int k = 0; k < vectors; k++) STORE_VEC(out + k * LANES, (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]));
 }
 
 static ALWAYS_INLINE void NAME(forward_row)(const NAME(tile) *tiles, const NAME(tile) *last, const VALUE *value,
