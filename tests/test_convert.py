@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-import golden_inputs
 import pytest
 import torch
 
+import golden_inputs
 from hpetr import InputError
 from hpetr.convert import load_official, unfold_order
 

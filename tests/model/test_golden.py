@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import golden_inputs
 import numpy as np
 import pytest
 import torch
 
+import golden_inputs
 from hpetr import HPetrConfig, HPetrForPoseEstimation
 from hpetr.convert import load_official, to_official
 

@@ -1,4 +1,4 @@
-"""Deformable sampling in plain torch: any device and dtype, differentiable, exportable; the definition of the result."""
+"""Deformable sampling in plain torch: any device and dtype, differentiable, exportable. It defines the result."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ def deformable_sampling_reference(
     Half-precision input is computed in float32 and rounded once, at the end: 8 or 11 bits cannot address a pixel.
     """
     batch, _, heads, width = value.shape
-    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
-    if value.shape[0] == 0 or sampling_locations.numel() == 0:
+    queries = sampling_locations.shape[1]
+    if batch == 0 or queries == 0:
         # grid_sample refuses an empty batch; the sums keep the (empty) result in the autograd graph
         empty = value.new_zeros(batch, queries, heads * width)
         return empty + (value.sum() + sampling_locations.sum() + attention_weights.sum()).to(value.dtype) * 0

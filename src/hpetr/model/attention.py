@@ -6,6 +6,8 @@ Zhu et al. 2021 (arXiv 2010.04159) for the plain form; Shi et al. 2022 (PETR, CV
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +59,7 @@ class DeformableAttention(nn.Module):
         locations = self.sampling_locations(offsets, references, spatial_shapes)
         return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
 
-    def sampling_locations(
-        self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def sampling_locations(self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
         """Reference plus offset, the offset counted in cells of the level: (B, Q, M, L, P, 2)."""
         cells = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)  # (L, 2)
         return references[:, :, None] + offsets / cells[:, None]
@@ -77,9 +77,7 @@ class DeformableAttention(nn.Module):
 class PoseAttention(DeformableAttention):
     """Deformable attention whose point p belongs to joint p: offsets count in half extents of the pose (P = K)."""
 
-    def sampling_locations(
-        self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def sampling_locations(self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
         """references (B, Q, L, K, 2) -> (B, Q, M, L, K, 2); the pose's extent (w, h) is at least 1e-4."""
         extent = (references.amax(-2, keepdim=True) - references.amin(-2, keepdim=True)).clamp(min=1e-4)
         return references[:, :, None] + offsets * extent[:, :, None] * 0.5
@@ -107,6 +105,8 @@ class DeformableLayer(nn.Module):
 
     Encoder layers have no self-attention: there deformable attention is the self-attention.
     """
+
+    attention: DeformableAttention
 
     def __init__(self, config: HPetrConfig, attention: DeformableAttention, ffn_dim: int, *, self_attention: bool):
         super().__init__()
@@ -139,3 +139,10 @@ class DeformableLayer(nn.Module):
         attended = self.attention(x + position, references, value, spatial_shapes)
         x = self.attention_norm(x + self.attention_dropout(attended))
         return self.ffn_norm(x + self.ffn(x))
+
+
+class DeformableLayers(nn.ModuleList):
+    """A stack of `DeformableLayer`s that type checkers know as such."""
+
+    def __iter__(self) -> Iterator[DeformableLayer]:
+        return cast("Iterator[DeformableLayer]", super().__iter__())

@@ -86,11 +86,11 @@ class HPetrConfig(PreTrainedConfig):
 
     model_type = "hpetr"
 
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_config: Any = None  # None, a dict, or after __post_init__ always a PreTrainedConfig
     freeze_batch_norm: bool = True
     num_frozen_stages: int = 1
     num_keypoints: int = 17
-    skeleton: dict[str, Any] | None = None
+    skeleton: Any = None  # after __post_init__ always Skeleton.to_dict()
     d_model: int = 256
     num_heads: int = 8
     num_feature_levels: int = 4

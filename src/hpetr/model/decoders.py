@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hpetr.model.attention import DeformableAttention, DeformableLayer, PoseAttention
+from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers, PoseAttention
 from hpetr.model.config import HPetrConfig
 from hpetr.model.encoder import Grid
 
@@ -41,8 +41,8 @@ class Predictions:
 class Proposals:
     """A pose from every token, its keypoints computed only where they are asked for.
 
-    Their MLP over all tokens costs as much as two encoder layers of h-petr-nano. Inference needs it for the N best tokens
-    only; training for all of them in the matching, which takes no gradient, and for the matched ones in the loss.
+    Their MLP over all tokens costs as much as an encoder layer. Inference needs it for the N best tokens only; training
+    for all of them in the matching, which takes no gradient, and with gradient for the matched ones.
 
     Attributes:
         logits: (B, S, C) class logits. features: (B, S, D).
@@ -81,7 +81,7 @@ class PoseDecoder(nn.Module):
         self.query_embedding = nn.Embedding(total, 2 * width)
         self.proposal_proj = nn.Linear(width, width)
         self.proposal_norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
+        self.layers = DeformableLayers(
             DeformableLayer(
                 config,
                 PoseAttention(config, config.num_feature_levels, joints),
@@ -91,7 +91,7 @@ class PoseDecoder(nn.Module):
             for _ in range(config.decoder_layers)
         )
         heads = config.decoder_layers + 1
-        self.class_heads = nn.ModuleList(nn.Linear(width, config.num_labels) for _ in range(heads))
+        self.class_heads = nn.ModuleList(nn.Linear(width, len(config.id2label or {})) for _ in range(heads))
         self.keypoint_heads = nn.ModuleList(mlp(width, config.keypoint_head_dim, joints * 2, 3) for _ in range(heads))
 
     def propose(self, memory: Tensor, grid: Grid) -> Proposals:
@@ -108,9 +108,7 @@ class PoseDecoder(nn.Module):
         features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
         return Proposals(self.class_heads[-1](features), features, centre_logits, self.keypoint_heads[-1])
 
-    def forward(
-        self, memory: Tensor, grid: Grid, *, one_to_many: bool
-    ) -> tuple[Proposals, Predictions, list[int]]:
+    def forward(self, memory: Tensor, grid: Grid, *, one_to_many: bool) -> tuple[Proposals, Predictions, list[int]]:
         """Proposals, then every layer's poses.
 
         Args:
@@ -148,7 +146,7 @@ class JointDecoder(nn.Module):
         super().__init__()
         width = config.d_model
         self.query_embedding = nn.Embedding(config.num_keypoints, 2 * width)
-        self.layers = nn.ModuleList(
+        self.layers = DeformableLayers(
             DeformableLayer(
                 config,
                 DeformableAttention(config, config.num_feature_levels, config.num_points),

@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 as a transformers backbone: no squeeze-and-excitation, ReLU6, light enough for a CPU.
 
-Tan and Le 2019 (arXiv 1905.11946); the Lite variant keeps stem and head unscaled. transformers has no such backbone. Its pixels are (RGB - 127) / 128.
+Tan and Le 2019 (arXiv 1905.11946); the Lite variant keeps stem and head unscaled. transformers has no such backbone.
+Its pixels are (RGB - 127) / 128.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEM_CHANNELS = 32
 
 
 class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of EfficientNet-Lite0; `out_features` are among `stage1` ... `stage7` (strides 2 4 8 16 16 32 32)."""
+    """Configuration of EfficientNet-Lite0; stage1 to stage7 have strides 2, 4, 8, 16, 16, 32, 32."""
 
     model_type = "efficientnet_lite"
 
@@ -104,7 +105,14 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
             inputs = outputs
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput:
+        """The maps of `config.out_features`; the other arguments are transformers' and have no effect here."""
         # Channels last makes this network 1.5 to 1.9 times as fast on a CPU, forward and backward.
         x = self.activation(self.stem(pixel_values.contiguous(memory_format=torch.channels_last)))
         features = [x]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hpetr.model.attention import DeformableAttention, DeformableLayer
+from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers
 from hpetr.model.config import HPetrConfig
 
 
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: HPetrConfig, num_layers: int, num_levels: int):
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers = DeformableLayers(
             DeformableLayer(
                 config,
                 DeformableAttention(config, num_levels, config.num_points),

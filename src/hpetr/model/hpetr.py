@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,10 @@ class HPetrOutput(ModelOutput):
 class HPetrForPoseEstimation(PreTrainedModel):
     """PETR (Shi et al., CVPR 2022) and H-PETR (Jia et al., arXiv 2207.13080): all people's poses at once, no NMS."""
 
+    config: HPetrConfig
     config_class = HPetrConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
 
     def __init__(self, config: HPetrConfig):
         super().__init__(config)
@@ -90,12 +91,12 @@ class HPetrForPoseEstimation(PreTrainedModel):
             init.zeros_(module.attention_weights.weight)
         elif isinstance(module, PoseDecoder):
             for head in module.class_heads:
-                init.constant_(head.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
-            for mlp in module.keypoint_heads:
-                init.zeros_(mlp[-1].weight)
+                init.constant_(cast("Tensor", head.bias), math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
+            for head in module.keypoint_heads:
+                init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
         elif isinstance(module, JointDecoder):
-            for mlp in module.heads:
-                init.zeros_(mlp[-1].weight)
+            for head in module.heads:
+                init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
         elif isinstance(module, HPetrForPoseEstimation):
             init.normal_(module.heatmap_head.weight, std=0.01)
             init.constant_(module.heatmap_head.bias, math.log(HEATMAP_PRIOR / (1 - HEATMAP_PRIOR)))

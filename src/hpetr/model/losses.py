@@ -70,9 +70,7 @@ def keypoint_sums(keypoints: Tensor, matches: Matches, targets: Targets, sigmas:
 def match_counts(matches: list[Matches], targets: Targets) -> Tensor:
     """For each layer and group: matched queries and twice their labelled keypoints, over processes: (groups, 2)."""
     labelled = targets.visible.sum(-1)  # (B, n)
-    counts = [
-        torch.stack([labelled.new_tensor(len(m.query)), 2 * labelled[m.image, m.target].sum()]) for m in matches
-    ]
+    counts = [torch.stack([labelled.new_tensor(len(m.query)), 2 * labelled[m.image, m.target].sum()]) for m in matches]
     return mean_over_processes(torch.stack(counts).float())
 
 
