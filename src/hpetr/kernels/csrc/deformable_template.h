@@ -15,15 +15,15 @@ typedef struct {
     int32_t inside[TILE], token[TILE], right[TILE], below[TILE]; /* top left token; steps to right column, lower row */
     REAL corner[4][TILE];               /* top left, top right, bottom left, bottom right: bilinear x attention */
 #ifdef BACKWARD
-    REAL x0[TILE], x1[TILE], y0[TILE], y1[TILE]; /* bilinear weight of left, right column, top, bottom row; 0 outside */
+    REAL x0[TILE], x1[TILE], y0[TILE], y1[TILE]; /* weight of left, right column, top, bottom row; 0 outside */
     REAL in_x0[TILE], in_x1[TILE], in_y0[TILE], in_y1[TILE]; /* 1 inside the map, 0 outside */
     REAL dot[TILE][4];                  /* <grad_out, corner's row> */
 #endif
 } __attribute__((aligned(64))) NAME(tile);
 
-/* Fill one tile for points i..i+n-1. The position is computed in double: for float32 locations that is exact, so floor()
- * is never off by one, and the bilinear weights keep all their bits on wide maps (in float32, loc * 200 would already
- * have lost eight of them). */
+/* Fill one tile for points i..i+n-1. The position is computed in double: for float32 locations that is exact, so
+ * floor() is never off by one, and the bilinear weights keep all their bits on wide maps (in float32, loc * 200 would
+ * already have lost eight of them). */
 static ALWAYS_INLINE void NAME(locate_tile)(const level_of_point *levels, int64_t i, int n, const REAL *restrict loc,
                                             const REAL *restrict attn, NAME(tile) *restrict s, int backward) {
     const double *restrict widths = levels->width + i, *restrict heights = levels->height + i;
@@ -213,7 +213,7 @@ static void NAME(flush)(REAL *restrict slice, int64_t stride, REAL *restrict den
 }
 
 /* Gradients of levels first..last-1 of picture b, head m. With `dense` (room for two (S, D) arrays) it works on a copy
- * of the head's slices: neighbouring tokens are then neighbours in memory, a third faster; and grad_value is summed
+ * of the head's slices: neighbouring tokens are then neighbours in memory, which is faster; and grad_value is summed
  * in blocks, which keeps float32 rounding at 1e-7 where thousands of points meet on one token. */
 static void NAME(backward_head)(const problem *p, const level_of_point *levels, int64_t b, int64_t m, int64_t first,
                                 int64_t last, const REAL *grad_out, const REAL *value, const REAL *loc,
