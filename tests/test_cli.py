@@ -239,8 +239,25 @@ def test_convert_to_official_and_back(tmp_path: Path) -> None:
     assert_bad_input(hpetr(*back), "exists already")
 
 
+def test_convert_to_half_the_size(tmp_path: Path, checkpoint: Path) -> None:
+    assert hpetr("convert", checkpoint, "--half", "--output", tmp_path / "half").exit_code == 0
+    whole, half = (folder / "model.safetensors" for folder in (checkpoint, tmp_path / "half"))
+    assert half.stat().st_size < 0.52 * whole.stat().st_size
+    model, _ = load_checkpoint(tmp_path / "half", "cpu")
+    assert model.dtype == HPetrForPoseEstimation.from_pretrained(tmp_path / "half").dtype == torch.float32
+    before = load_checkpoint(checkpoint, "cpu")[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-4, rtol=1e-3)
+
+
+def test_convert_of_a_model_that_is_not_official(tmp_path: Path, checkpoint: Path) -> None:
+    result = hpetr("convert", checkpoint, "--to-official", tmp_path / "official.pth")
+    assert_bad_input(result, "no official model has a efficientnet_lite backbone")
+    assert not (tmp_path / "official.pth").exists()
+
+
 def test_convert_wants_one_direction(tmp_path: Path) -> None:
-    expected = "expected either --preset and --output, or --to-official"
+    expected = "expected --preset and --output, or --to-official, or --half and --output"
     assert_bad_input(hpetr("convert", "x.pth"), expected)
     assert_bad_input(hpetr("convert", "x.pth", "--preset", "petr-r50"), expected)
     assert_bad_input(hpetr("convert", "x", "--preset", "petr-r50", "--output", "y", "--to-official", "z"), expected)

@@ -91,7 +91,7 @@ def test_infinite_loss_stops_with_a_sentence(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", f"model.weights={tmp_path / 'broken'}")
     model.save_pretrained(tmp_path / "broken")
     recipe.processor.build().save_pretrained(tmp_path / "broken")
-    with pytest.raises(FloatingPointError, match=r"not finite at pictures \d+, \d+: .*heatmap = nan"):
+    with pytest.raises(FloatingPointError, match=r"pictures \d+, \d+: .*not finite.*heatmap = nan"):
         train(recipe)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 

@@ -125,6 +125,7 @@ def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
                 folder,
                 config=config,
                 use_safetensors=True,
+                dtype=torch.float32,  # the file may be float16 to be small; a CPU computes in float32
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -163,8 +164,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def save_checkpoint(model: HPetrForPoseEstimation, processor: HPetrImageProcessor, folder: Path) -> None:
+def save_checkpoint(
+    model: HPetrForPoseEstimation, processor: HPetrImageProcessor, folder: Path, *, half: bool = False
+) -> None:
     """Write model and processor as a new checkpoint folder, which appears whole or not at all.
+
+    Args:
+        half: store matrices and convolutions as float16. Vectors stay float32: running variances of batch norms can pass
+            65,504. `load_checkpoint` and `from_pretrained` give a float32 model all the same.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
@@ -176,7 +183,10 @@ def save_checkpoint(model: HPetrForPoseEstimation, processor: HPetrImageProcesso
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             unfinished = Path(temporary) / folder.name
             with _quiet_transformers():
-                model.save_pretrained(unfinished)
+                state = model.state_dict()
+                if half:
+                    state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
+                model.save_pretrained(unfinished, state_dict=state)
             processor.save_pretrained(unfinished)
             if folder.exists():
                 folder.rmdir()

@@ -169,15 +169,19 @@ def train_command(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Official .pth file; or a checkpoint folder with --to-official.")],
+    source: Annotated[
+        Path, typer.Argument(help="Official .pth file; or a checkpoint folder with --to-official or --half.")
+    ],
     preset: Annotated[str | None, typer.Option(help="Which model the .pth is of, e.g. h-petr-r50.")] = None,
     output: Annotated[Path | None, typer.Option(help="New checkpoint folder.")] = None,
     to_official: Annotated[Path | None, typer.Option(help="New .pth file in the official layout.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the folder's matrices as float16 in --output.")] = False,
 ) -> None:
-    """Convert an official checkpoint to hpetr, or back."""
-    forth, back = preset is not None and output is not None, to_official is not None
-    if forth == back or (back and (preset or output)):
-        raise InputError("convert: expected either --preset and --output, or --to-official")
+    """Convert an official checkpoint to hpetr, or back; or halve a checkpoint's size."""
+    given = (preset is not None, output is not None, to_official is not None, half)
+    directions = {(True, True, False, False), (False, False, True, False), (False, True, False, True)}
+    if given not in directions:
+        raise InputError("convert: expected --preset and --output, or --to-official, or --half and --output")
     from hpetr import convert as conversion
     from hpetr.checkpoint import load_checkpoint, save_checkpoint
     from hpetr.data.processor import HPetrImageProcessor
@@ -195,6 +199,10 @@ def convert(
     elif preset is not None and output is not None:
         check_writable(output.parent)
         save_checkpoint(conversion.load_official(source, preset), HPetrImageProcessor(), output)
+        typer.echo(f"checkpoint: {output}")
+    elif output is not None:
+        check_writable(output.parent)
+        save_checkpoint(*load_checkpoint(source, "cpu"), output, half=True)
         typer.echo(f"checkpoint: {output}")
 
 

@@ -163,12 +163,16 @@ def to_official(model: HPetrForPoseEstimation) -> StateDict:
     """The model's weights under their official names and layouts; the inverse of `from_official`.
 
     Window indices and batch-norm step counters, which hold no weights, are not written.
+
+    Raises:
+        InputError: the official code has no such backbone.
     """
     config = model.config
+    rules = TRANSFORMER_RULES + _backbone_rules(config)
     state = model.state_dict()
     official: StateDict = {}
     for name in official_names(config):
-        target = _rename(name, TRANSFORMER_RULES + _backbone_rules(config))
+        target = _rename(name, rules)
         assert target is not None, name
         if "{qkv}" in target:
             official[name] = torch.cat([state[target.replace("{qkv}", letter)] for letter in "qkv"])

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hpetr.checkpoint import load_checkpoint
 from hpetr.data.augment import (
     Compose,
     OneOf,
@@ -84,9 +85,7 @@ def build_model(recipe: Recipe, skeleton: Skeleton) -> HPetrForPoseEstimation:
     """The recipe's model for the data's skeleton, with the weights it starts from."""
     weights = recipe.model.weights
     if weights not in ("none", "imagenet"):
-        from hpetr.predict import load_checkpoint
-
-        model, _ = load_checkpoint(Path(weights))
+        model, _ = load_checkpoint(weights)
         joints = model.config.num_keypoints
         if joints != skeleton.num_keypoints:
             raise InputError(f"model.weights {weights}: has {joints} keypoints, the data {skeleton.num_keypoints}")
@@ -153,11 +152,14 @@ class PoseTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs)
+        pictures = ", ".join(str(int(label["image_id"])) for label in inputs["labels"])
+        try:
+            output = model(**inputs)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"pictures {pictures}: {error}") from None
         if not torch.isfinite(output.loss):
             terms = ", ".join(f"{name} = {value.item():g}" for name, value in output.loss_dict.items())
-            pictures = ", ".join(str(int(label["image_id"])) for label in inputs["labels"])
-            raise FloatingPointError(f"the loss is not finite at pictures {pictures}: {terms}")
+            raise FloatingPointError(f"pictures {pictures}: the loss is not finite: {terms}")
         for name, value in output.loss_dict.items():
             self.term_sums[name] = self.term_sums.get(name, 0) + value.detach()
         self.term_steps += 1

@@ -35,6 +35,8 @@ def kernel_name(device: torch.device | str, dtype: torch.dtype) -> str:
     setting = os.environ.get("HPETR_KERNEL", "auto")
     if setting not in ("auto", *_KERNELS):
         raise InputError(f"HPETR_KERNEL={setting}: expected auto, {' or '.join(sorted(_KERNELS))}")
+    if torch.device(device).type == "meta":  # shapes only, nothing is computed
+        return "reference"
     fits = torch.device(device).type == "cpu" and dtype in cpu.DTYPES
     if setting == "c" and not fits:
         raise InputError(f"HPETR_KERNEL=c: expected a CPU tensor of one of {cpu.DTYPES}, got {device}, {dtype}")

@@ -8,6 +8,6 @@ from hpetr.model.hpetr import HPetrForPoseEstimation, HPetrOutput
 
 AutoConfig.register(HPetrConfig.model_type, HPetrConfig, exist_ok=True)
 AutoModelForKeypointDetection.register(HPetrConfig, HPetrForPoseEstimation, exist_ok=True)
-AutoImageProcessor.register(HPetrConfig, slow_image_processor_class=HPetrImageProcessor, exist_ok=True)
+AutoImageProcessor.register(HPetrConfig, image_processor_classes={"pil": HPetrImageProcessor}, exist_ok=True)
 
 __all__ = ["HPetrConfig", "HPetrForPoseEstimation", "HPetrImageProcessor", "HPetrOutput"]

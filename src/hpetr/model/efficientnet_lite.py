@@ -6,6 +6,8 @@ Its pixels are (RGB - 127) / 128.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,17 +52,31 @@ class AlignedConv2d(nn.Conv2d):
     0.53 with symmetric padding. Odd sizes are padded to the right and bottom, so the output is ceil(size / stride).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         before = (kernel - stride) // 2
         x = F.pad(x, (before, kernel - 1 - before, before, kernel - 1 - before))
-        return F.conv2d(x, self.weight, None, self.stride, 0, 1, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, 0, 1, self.groups)
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int, stride: int, groups: int, eps: float) -> nn.Sequential:
-    conv_class = nn.Conv2d if stride == 1 else AlignedConv2d
-    conv = conv_class(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=eps, momentum=0.01))
+class ConvNorm(nn.Sequential):
+    """Convolution, then batch norm; a norm in eval mode is folded into the weights.
+
+    Folding spares a pass over the activations, forward and backward: fine-tuning keeps batch norms in eval mode.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int, eps: float):
+        conv_class = nn.Conv2d if stride == 1 else AlignedConv2d
+        conv = conv_class(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outputs, eps=eps, momentum=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = cast(nn.Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
+        if norm.training:
+            return norm(conv(x))
+        mean, variance = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+        scale = norm.weight * (variance + norm.eps).rsqrt()  # (outputs,)
+        return conv._conv_forward(x, conv.weight * scale[:, None, None, None], norm.bias - mean * scale)
 
 
 class InvertedResidual(nn.Module):
@@ -69,9 +85,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, eps: float):
         super().__init__()
         width = inputs * expansion
-        self.expand = conv_bn(inputs, width, 1, 1, 1, eps) if expansion > 1 else None
-        self.depthwise = conv_bn(width, width, kernel, stride, width, eps)
-        self.project = conv_bn(width, outputs, 1, 1, 1, eps)
+        self.expand = ConvNorm(inputs, width, 1, 1, 1, eps) if expansion > 1 else None
+        self.depthwise = ConvNorm(width, width, kernel, stride, width, eps)
+        self.project = ConvNorm(width, outputs, 1, 1, 1, eps)
         self.residual = stride == 1 and inputs == outputs
         self.activation = nn.ReLU6(inplace=True)
 
@@ -92,7 +108,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         super().__init__(config)
         eps = config.batch_norm_eps
         self.num_features = [STEM_CHANNELS] + [stage[-1] for stage in LITE0_STAGES]
-        self.stem = conv_bn(3, STEM_CHANNELS, 3, 2, 1, eps)
+        self.stem = ConvNorm(3, STEM_CHANNELS, 3, 2, 1, eps)
         self.activation = nn.ReLU6(inplace=True)
         # Stages past the last one asked for would be computed for nothing.
         depth = max(config.out_indices)

@@ -1,0 +1,69 @@
+"""Time of h-petr-nano for one photograph on the CPU, stage by stage.
+
+    python benchmarks/nano_latency.py [--picture examples/000000000785.jpg] [--threads 2] [--repeats 30]
+
+Decoding, resize to a long side of 384, network, post-processing: the library's own path, float32, batch 1. Weights do
+not change the time: random ones are taken. The backbone is timed alone in the same run, for scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import torch
+
+from hpetr import HPetrConfig, HPetrForPoseEstimation
+from hpetr.data.images import load_image
+from hpetr.predict import predict_batch
+from hpetr.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median and the smallest of the times in milliseconds, after three runs to warm up."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times), min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=30)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    processor = load_recipe(ROOT / "recipes" / "h-petr-nano.yaml").processor.build()
+    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano")).eval()
+    picture = cv2.resize(load_image(args.picture), (640, 480))
+    encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
+    batch = processor(picture)
+    pixels = batch["pixel_values"]
+    stages = {
+        "decode JPEG": lambda: load_image(encoded),
+        "resize and normalise": lambda: processor(picture),
+        "backbone alone": lambda: model.backbone.body(pixels),
+        "network": lambda: model(**batch),
+        "all": lambda: predict_batch(model, processor, [load_image(encoded)]),
+    }
+    print(f"480 x 640 picture, network input {tuple(pixels.shape[-2:])}, {args.threads} threads, float32, milliseconds")
+    print(f"{'':22}{'median':>8}{'least':>8}")
+    with torch.inference_mode():
+        for name, function in stages.items():
+            median, least = median_ms(function, args.repeats)
+            print(f"{name:22}{median:>8.1f}{least:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()
