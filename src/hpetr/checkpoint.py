@@ -170,7 +170,7 @@ def save_checkpoint(
     """Write model and processor as a new checkpoint folder, which appears whole or not at all.
 
     Args:
-        half: store matrices and convolutions as float16. Vectors stay float32: running variances of batch norms can pass
+        half: store matrices and convolutions as float16. Vectors stay float32: running variances can pass
             65,504. `load_checkpoint` and `from_pretrained` give a float32 model all the same.
 
     Raises:
