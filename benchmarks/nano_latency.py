@@ -45,6 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     processor = load_recipe(ROOT / "recipes" / "h-petr-nano.yaml").processor.build()
+    processor.size = {"shortest_edge": 384, "longest_edge": 384}
     model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano")).eval()
     picture = cv2.resize(load_image(args.picture), (640, 480))
     encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
