@@ -87,7 +87,7 @@ def test_content_of_the_padding_changes_nothing() -> None:
 
 
 def test_mask_without_padding_equals_no_mask() -> None:
-    """A whole picture gives the same alone, with a mask of ones, and beside a padded picture, where masks are at work."""
+    """A whole picture gives the same alone, with a mask of ones, and beside a padded picture, where masks count."""
     model = small_model()
     pixels, mask = torch.randn(2, 3, 96, 128), torch.ones(2, 96, 128)
     mask[1, :, 100:] = 0
