@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 DEMO_OUTPUT := outputs/demo
 
-.PHONY: help install demo test lint format bench docs clean
+.PHONY: help install demo test lint format sanitize bench docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,15 +15,20 @@ help:
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatting and safe fixes"
+	@echo "make sanitize  the C kernel under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"
 	@echo "make clean   remove $(VENV), caches and built files"
 
-install: $(INSTALLED)
+install: $(INSTALLED_DEV)
 
 # The constraints pin every version; a bare `torch` could bring several GB of CUDA packages.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train]'
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,dev]'
 	touch $@
 
@@ -35,17 +41,20 @@ demo: $(INSTALLED)
 	@echo "Look at the drawn pictures in $(DEMO_OUTPUT)/"
 
 # One thread a process: the two test processes would otherwise compete for the same cores.
-test: $(INSTALLED)
+test: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+sanitize: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/kernels/sanitize.py
 
 bench: $(INSTALLED)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -44,7 +44,7 @@ def literal_pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid) ->
         keys = x + position
         x = layer.self_attention_norm(x + layer.self_attention(keys, keys, x, need_weights=False, attn_mask=mask)[0])
         value = layer.attention.project_value(memory, grid.padding_mask)
-        x = layer(x, position, grid.scale_references(references), value, grid.spatial_shapes)
+        x = layer.attend_to_image(x, position, grid.scale_references(references), value, grid.spatial_shapes)
         offsets = decoder.keypoint_heads[i](x).unflatten(-1, (-1, 2))
         logits.append(decoder.class_heads[i](x))
         keypoints.append((offsets + inverse_sigmoid(references)).sigmoid())
@@ -63,7 +63,8 @@ def literal_joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid, p
     for layer, head in zip(decoder.layers, decoder.heads, strict=True):
         x = layer.attend_to_each_other(x, position, [x.shape[1]])
         value = layer.attention.project_value(copies, None)
-        x = layer(x, position, grid.scale_references(references[:, :, None]), value, grid.spatial_shapes)
+        references_of_levels = grid.scale_references(references[:, :, None])
+        x = layer.attend_to_image(x, position, references_of_levels, value, grid.spatial_shapes)
         references = (head(x) + inverse_sigmoid(references)).sigmoid()
     return references[None]
 

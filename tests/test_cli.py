@@ -89,7 +89,15 @@ def test_interrupt_ends_with_130(checkpoint: Path, tmp_path: Path) -> None:
     for number in range(2000):
         (pictures / f"{number}.jpg").hardlink_to(first)
     command = [sys.executable, "-m", "hpetr.cli", "predict", str(pictures), "--checkpoint", str(checkpoint)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "outputs").glob("*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO, CROWDPOSE, FALLBACK_SIGMA, Skeleton
+from hpetr.skeleton import COCO, CROWDPOSE, FALLBACK_SIGMA, Skeleton, flip_pairs_of, unpaired_sides
 
 
 def test_coco_and_crowdpose_have_the_published_values():
@@ -77,6 +77,35 @@ def test_coco_category_gives_coco():
 )
 def test_flip_pairs_are_inferred_from_names(names, pairs):
     assert Skeleton.from_coco_category({"keypoints": names, "sigmas": [0.1] * len(names)}).flip_pairs == pairs
+
+
+@pytest.mark.parametrize("known", [COCO, CROWDPOSE])
+def test_known_names_alone_give_the_known_skeleton(known):
+    assert Skeleton.from_coco_category({"keypoints": list(known.names)}) == known
+
+
+def test_flip_idx_stands_above_names():
+    category = {"keypoints": ["left_eye", "right_eye", "a", "b"], "sigmas": [0.1] * 4, "flip_idx": [0, 1, 3, 2]}
+    skeleton = Skeleton.from_coco_category(category)
+    assert skeleton.flip_pairs == ((2, 3),)
+    assert skeleton.flip_index == category["flip_idx"]
+    assert unpaired_sides(skeleton) == ["left_eye", "right_eye"]
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ([1, 2, 0], "maps keypoint 0 to 1 but 1 to 2"),
+        ([0, 0, 2], "maps keypoint 1 to 0 but 0 to 0"),
+        ([0, 1], "2 entries, expected 3"),
+        ([0, 1, 3], "3 at place 2"),
+        ([0, 1, 2.0], "list of 3 keypoint indices"),
+        (3, "list of 3 keypoint indices"),
+    ],
+)
+def test_flip_idx_that_is_no_involution_is_one_error(index, words):
+    with pytest.raises(InputError, match=words):
+        flip_pairs_of(index, 3)
 
 
 def test_unknown_names_get_the_fallback_sigma_and_a_warning(caplog):

@@ -119,7 +119,7 @@ def _check_files(folder: Path) -> None:
 
 def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             # Tensors that are missing or of another shape are filled with random numbers; the report tells which.
             loaded: Any = HPetrForPoseEstimation.from_pretrained(
                 folder,
@@ -147,7 +147,7 @@ def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports in the log; what is wrong becomes an error instead."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -182,7 +182,7 @@ def save_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             unfinished = Path(temporary) / folder.name
-            with _quiet_transformers():
+            with quiet_transformers():
                 state = model.state_dict()
                 if half:
                     state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,17 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hpetr import __version__
+from hpetr.cli_benchmark import benchmark_command
+from hpetr.cli_data import data_app
+from hpetr.cli_serve import serve_command
 from hpetr.errors import InputError
 
 if TYPE_CHECKING:
+    from hpetr.data.dataset import PoseDataset
     from hpetr.evaluate import EvalResult
     from hpetr.info import ModelInfo
+    from hpetr.predict import PosePredictor
+    from hpetr.zoo import ZooResult
 
 BAD_INPUT = 2
 
@@ -30,6 +37,9 @@ class _Group(TyperGroup):
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(BAD_INPUT) from None
+        except FloatingPointError as error:  # a training diverged: nothing is wrong with the input or with hpetr
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
 class _TrainCommand(TyperCommand):
@@ -44,6 +54,13 @@ class _TrainCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class _EvalCommand(TyperCommand):
+    """Shows its arguments as they are meant: typer has no optional one before a required one."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", "[CHECKPOINT] DATA"]
+
+
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
@@ -56,6 +73,11 @@ Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu,
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Pictures that go through the network together. Default: 8 on a GPU, else 1.")
 ]
+
+
+app.add_typer(data_app, name="data")
+app.command("benchmark")(benchmark_command)
+app.command("serve")(serve_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,7 +97,12 @@ def _root(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[str], typer.Argument(help="Pictures, folders of pictures, or quoted glob patterns.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL."
+        ),
+    ],
     checkpoint: Annotated[
         str | None, typer.Option(help="Checkpoint folder. Default: the model that comes with hpetr.")
     ] = None,
@@ -87,17 +114,62 @@ def predict(
     device: Device = "auto",
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Where the results go. Default: OUTPUT/predictions.json."),
+        typer.Option(
+            "--json", help="Where the results go. Default: OUTPUT/predictions.json, of videos OUTPUT/predictions.jsonl."
+        ),
     ] = None,
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Write pictures with the poses drawn.")] = True,
+    track: Annotated[bool, typer.Option("--track", help="Videos: give every person a number that stays.")] = False,
+    smooth: Annotated[
+        bool, typer.Option("--smooth", help="Videos: take the jitter from the keypoints; tracks, too.")
+    ] = False,
+    live: Annotated[
+        bool | None,
+        typer.Option(
+            "--live/--no-live",
+            help="Videos: drop frames rather than to fall behind. Default: cameras and endless streams.",
+        ),
+    ] = None,
 ) -> None:
-    """Find the people in pictures: drawings and one JSON with all keypoints."""
-    from hpetr.picture_files import check_outputs, find_pictures, predict_files
+    """Find the people in pictures and videos: drawings, and the keypoints as JSON."""
+    from hpetr.picture_files import check_outputs, find_pictures
+    from hpetr.video.naming import split_inputs
+
+    videos, rest = split_inputs(inputs)
+    pictures = find_pictures(rest) if rest else []
+    if videos and pictures and json_file is not None:
+        raise InputError("--json names one file, and there are pictures and videos: expected --output instead")
+    if (track or smooth or live is not None) and not videos:
+        raise InputError("--track, --smooth and --live are for videos, and there is none")
+    if pictures:
+        check_outputs(pictures, output, json_file, draw)
+    if videos:
+        from hpetr.video.run import check_video_outputs
+
+        check_video_outputs(videos, output, json_file, draw)
     from hpetr.predict import PosePredictor
 
-    pictures = find_pictures(inputs)
-    check_outputs(pictures, output, json_file, draw)
     predictor = PosePredictor(checkpoint, device, threshold)
+    if pictures:
+        _predict_pictures(predictor, pictures, output, json_file, draw, batch_size)
+    if videos:
+        from hpetr.cli_video import predict_and_report
+        from hpetr.video.run import VideoOptions
+
+        options = VideoOptions(draw, batch_size, track, smooth, live)
+        predict_and_report(predictor, videos, output, json_file, options)
+
+
+def _predict_pictures(
+    predictor: PosePredictor,
+    pictures: list[Path],
+    output: Path,
+    json_file: Path | None,
+    draw: bool,
+    batch_size: int | None,
+) -> None:
+    from hpetr.picture_files import predict_files
+
     with _progress("Predicting", len(pictures)) as advance:
         run = predict_files(predictor, pictures, output, json_file, draw, batch_size, advance)
     read = run.pictures - len(run.unreadable)
@@ -112,36 +184,124 @@ def predict(
         typer.echo(f"{len(run.unreadable)} of {run.pictures} pictures could not be read: {names}", err=True)
 
 
-@app.command("eval")
+@app.command("eval", cls=_EvalCommand)
 def evaluate_command(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or h-petr-nano for the one in the package.")],
-    data: Annotated[Path, typer.Argument(help="Folder with annotations.json and images/, or a COCO keypoint JSON.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[CHECKPOINT] DATA",
+            help="Checkpoint folder, or h-petr-nano for the one in the package (none with --zoo); and the data: a COCO "
+            "or CrowdPose JSON, a YOLO data.yaml, or a folder with annotations.json and images/.",
+        ),
+    ],
     annotations: Annotated[Path | None, typer.Option(help="COCO keypoint JSON, when it is elsewhere.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures. Default: beside the JSON.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which pictures of a YOLO data.yaml. Default: val.")] = None,
+    flip_test: Annotated[
+        bool, typer.Option("--flip-test", help="Merge the poses of each picture and of its mirror image.")
+    ] = False,
+    zoo: Annotated[
+        Path | None,
+        typer.Option(help="Folder of official .pth files: evaluate each, and compare with the published figures."),
+    ] = None,
     batch_size: BatchSize = None,
-    output: Annotated[Path, typer.Option(help="JSON for the poses; the figures go beside it as .metrics.json.")] = Path(
-        "outputs/eval.json"
-    ),
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of the JSON.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON for the poses; the figures go beside it as .metrics.json. With --zoo: JSON for the figures. "
+            "Default: outputs/eval.json, outputs/zoo.json."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of the data.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Evaluate a checkpoint: the ten COCO keypoint figures."""
-    from hpetr.checkpoint import load_checkpoint
-    from hpetr.data.dataset import CocoPoseDataset
-    from hpetr.evaluate import evaluate
+    """Evaluate a checkpoint: the figures of COCO's keypoint protocol, or of CrowdPose's.
+
+    Under torchrun all processes share the work.
+    """
+    from hpetr import processes
+    from hpetr.data.dataset import is_yolo, open_dataset, source_file
     from hpetr.results import check_writable
 
-    source = annotations or (data / "annotations.json" if data.is_dir() else data)
-    folder = images or (data / "images" if data.is_dir() else None)
-    check_writable(output.parent)
-    dataset = CocoPoseDataset(source, folder, limit=limit)
-    model, processor = load_checkpoint(checkpoint, device)
-    size = batch_size or (8 if model.device.type == "cuda" else 1)
+    data, target = Path(places[-1]), output or Path("outputs") / ("zoo.json" if zoo else "eval.json")
+    folder = images or (data / "images" if annotations and data.is_dir() else None)
+    processes.join()
+
+    def prepare() -> tuple[PoseDataset, str]:
+        if len(places) != (1 if zoo else 2):
+            expected = "DATA alone, as --zoo names the checkpoints" if zoo else "CHECKPOINT DATA"
+            raise InputError(f"eval: {len(places)} arguments, expected {expected}")
+        if processes.rank() == 0:
+            check_writable(target.parent)
+        source = source_file(annotations or data)
+        chosen = split or ("val" if is_yolo(source) else None)
+        return open_dataset(source, folder, split=chosen, limit=limit), processes.claim_device(device)
+
+    with _one_error_line():
+        dataset, own_device = processes.together(prepare)
+        if zoo:
+            _evaluate_zoo(zoo, dataset, target, own_device, batch_size, flip_test)
+        else:
+            _evaluate_one(places[0], dataset, target, own_device, batch_size, flip_test)
+
+
+def _evaluate_one(
+    checkpoint: str, dataset: PoseDataset, output: Path, device: str, batch_size: int | None, flip_test: bool
+) -> None:
+    from hpetr import processes
+    from hpetr.checkpoint import load_checkpoint
+    from hpetr.evaluate import evaluate
+    from hpetr.predict import default_batch_size
+
+    first = processes.rank() == 0
+    model, processor = processes.together(lambda: load_checkpoint(checkpoint, device))
+    size = batch_size or default_batch_size(model)
     with _progress("Evaluating", len(dataset)) as advance:
-        result = evaluate(model, processor, dataset, size, advance)
-    metrics_file = result.write(output, {"checkpoint": checkpoint, "annotations": str(source), "hpetr": __version__})
-    _print_metrics(result, str(source))
-    typer.echo(f"poses: {output}\nfigures: {metrics_file}")
+        result = evaluate(model, processor, dataset, size, advance, flip_test=flip_test)
+    about = {"checkpoint": checkpoint, "annotations": str(dataset.path), "hpetr": __version__}
+    metrics_file = processes.together(lambda: result.write(output, about) if first else None)
+    if first:
+        _print_metrics(result, str(dataset.path))
+        typer.echo(f"poses: {output}\nfigures: {metrics_file}")
+
+
+def _evaluate_zoo(
+    folder: Path, dataset: PoseDataset, output: Path, device: str, batch_size: int | None, flip_test: bool
+) -> None:
+    from hpetr import processes
+    from hpetr.zoo import evaluate_zoo, find_checkpoints
+
+    first = processes.rank() == 0
+    paths = processes.together(lambda: find_checkpoints(folder))
+    with _progress("Evaluating", len(paths) * len(dataset)) as advance:
+        result = evaluate_zoo(paths, dataset, device, batch_size, advance, flip_test=flip_test)
+    about = {"zoo": str(folder), "annotations": str(dataset.path), "hpetr": __version__}
+    processes.together(lambda: result.write(output, about) if first else None)
+    if first:
+        _print_zoo(result, str(dataset.path))
+        typer.echo(f"figures: {output}")
+        for _, reason in result.left_out:
+            typer.echo(f"warning: {reason}", err=True)
+        if result.left_out:
+            names = ", ".join(path.name for path, _ in result.left_out)
+            typer.echo(f"{len(result.left_out)} of {len(paths)} checkpoints left out: {names}", err=True)
+
+
+@contextmanager
+def _one_error_line() -> Iterator[None]:
+    """Of several processes with the same error only the first one says it; all end with `BAD_INPUT`."""
+    from hpetr import processes
+
+    try:
+        yield
+    except InputError as error:
+        if processes.count() == 1 or error.alone:
+            raise
+        if processes.rank() == 0:
+            typer.echo(f"error: {error}", err=True)
+        # torchrun ends the others as soon as one has ended: nobody goes before it is said.
+        processes.gather(None)
+        raise typer.Exit(BAD_INPUT) from None
 
 
 @app.command("train", cls=_TrainCommand)
@@ -158,13 +318,18 @@ def train_command(
     ] = None,
 ) -> None:
     """Train a model by a recipe."""
+    from hpetr import processes
     from hpetr.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    # The recipe is checked before the seconds that importing the training engine takes.
-    from hpetr.train import train
+    processes.join(training=True)
+    with _one_error_line():
+        loaded = load_recipe(recipe, overrides or [])
+        # The recipe is checked before the seconds that importing the training engine takes.
+        from hpetr.train import train
 
-    typer.echo(f"checkpoint: {train(loaded, resume)}")
+        folder = train(loaded, resume)
+    if processes.rank() == 0:
+        typer.echo(f"checkpoint: {folder}")
 
 
 @app.command()
@@ -248,12 +413,28 @@ def _print_metrics(result: EvalResult, source: str) -> None:
     _print_table(f"{source}: {pictures}, {result.seconds:.1f} s", rows)
 
 
-def _print_table(title: str, rows: Any) -> None:
+def _print_zoo(result: ZooResult, source: str) -> None:
+    from hpetr.zoo import PUBLISHED
+
+    rows = []
+    for score in result.scores:
+        ap, other = score.result.metrics["AP"], PUBLISHED[score.preset].petr_zoo
+        published = "-" if score.published is None else f"{score.published:.3f}"
+        if score.published is not None and other is not None:
+            published += f" ({other:.3f})"
+        difference = "-" if score.difference is None else f"{score.difference:+.4f}"
+        rows.append((score.path.name, score.preset, "-" if ap < 0 else f"{ap:.4f}", published, difference))
+    pictures = _count(result.scores[0].result.pictures, "picture", "pictures")
+    title = f"{source}: {pictures}. Published: of all COCO val2017 or CrowdPose test (PETR's own zoo)"
+    _print_table(title, rows, header=("checkpoint", "model", "AP", "published", "difference"))
+
+
+def _print_table(title: str, rows: Any, header: tuple[str, ...] = ()) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
+    table = Table(*header, title=title, title_justify="left", show_header=bool(header), box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
     Console(soft_wrap=True).print(table)
@@ -261,13 +442,16 @@ def _print_table(title: str, rows: Any) -> None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of pictures done."""
+    """A bar on stderr where that is a terminal, of torchrun's processes the first one's; yields what to call with the
+    number of pictures done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -18,6 +18,7 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 
 StateDict = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 DEFORMABLE = r"(sampling_offsets|attention_weights|value_proj|output_proj)\.(weight|bias)"
 HEAD = r"bbox_head\."
@@ -128,6 +129,11 @@ def unfold_order(channels: int, *, inverse: bool = False) -> Tensor:
 def _skipped(name: str) -> bool:
     """Buffers that are not weights: window indices and the batch-norm step counters of some checkpoints."""
     return name.endswith(("relative_position_index", "num_batches_tracked"))
+
+
+def weight_shapes(state: StateDict) -> Shapes:
+    """Shapes of all tensors that are weights, by name: what tells one model from another."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not _skipped(name)}
 
 
 def _reorder(name: str, tensor: Tensor, *, inverse: bool) -> Tensor:
@@ -302,13 +308,13 @@ def load_official(source: str | Path | StateDict, preset: str) -> HPetrForPoseEs
     except InputError as error:
         raise InputError(f"{name}: {error}; is it a checkpoint of {preset}?") from None
     model = HPetrForPoseEstimation(config)
-    expected = {key: value.shape for key, value in model.state_dict().items() if not _skipped(key)}
+    expected = weight_shapes(model.state_dict())
     for key in sorted(expected.keys() | weights.keys()):
         if key not in weights:
             raise InputError(f"{name}: tensor for {key!r} is missing; is it a checkpoint of {preset}?")
         if key not in expected or weights[key].shape != expected[key]:
             raise InputError(
-                f"{name}: {key!r} has shape {tuple(weights[key].shape)}, expected {tuple(expected.get(key, ()))}; is "
+                f"{name}: {key!r} has shape {tuple(weights[key].shape)}, expected {expected.get(key, ())}; is "
                 f"it a checkpoint of {preset}?"
             )
     model.load_state_dict(weights, strict=False)

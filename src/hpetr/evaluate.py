@@ -1,4 +1,4 @@
-"""COCO keypoint evaluation: a model's poses on a data set, and the ten figures of the protocol."""
+"""Keypoint evaluation: a model's poses on a data set, and the figures of COCO's or CrowdPose's protocol."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hotcoco
 
+from hpetr import processes
 from hpetr.data.annotations import AREA_OF_BOX, load_annotations
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import PoseDataset
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.flip_test import predict_batch_flipped
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.predict import predict_batch
 from hpetr.results import write_json
+from hpetr.skeleton import CROWDPOSE
 
-# The protocol's order, and hotcoco's names of the same figures.
+# COCO's figures in the protocol's order, and hotcoco's names of the same figures.
 METRICS = {
     "AP": "AP",
     "AP50": "AP50",
@@ -36,25 +40,47 @@ METRICS = {
     "ARM": "ARm",
     "ARL": "ARl",
 }
+# CrowdPose's figures; those by crowdIndex follow, e.g. "AP(easy)".
+CROWDPOSE_METRICS = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
+EASY_BELOW, HARD_ABOVE = 0.1, 0.8
 # Below every score: COCO ranks all poses of a picture and itself keeps the best 20.
 KEEP_ALL = -1.0
+# Rounds of batches between two exchanges of processes: a picture that cannot be read soon ends the work of all.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation.
+    """An evaluation. Where several processes did it, all of them have its figures and the first one the poses.
 
     Attributes:
-        metrics: the ten figures of `coco_metrics`.
+        metrics: the figures of `coco_metrics`, or of `crowdpose_metrics` where the pictures have a `crowdIndex`.
         results: the poses, as COCO keypoint results.
         pictures: how many pictures were evaluated, people among them or not.
         seconds: reading, network and post-processing of all of them.
+        protocol: "coco" or "crowdpose".
+        flip_test: whether poses are those of pictures and their mirror images, merged.
+        processes: how many shared the work.
     """
 
     metrics: dict[str, float]
     results: list[dict[str, Any]]
     pictures: int
     seconds: float
+    protocol: Literal["coco", "crowdpose"]
+    flip_test: bool
+    processes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the poses, flat, for JSON."""
+        return {
+            **self.metrics,
+            "pictures": self.pictures,
+            "seconds": round(self.seconds, 3),
+            "protocol": self.protocol,
+            "flip_test": self.flip_test,
+            "processes": self.processes,
+        }
 
     def write(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
         """Write the poses to `path` (COCO results JSON) and the figures beside it.
@@ -72,66 +98,141 @@ class EvalResult:
         results = Path(path)
         metrics = results.with_suffix(".metrics.json")
         write_json(results, self.results)
-        counts = {"pictures": self.pictures, "poses": len(self.results), "seconds": round(self.seconds, 3)}
-        write_json(metrics, {**self.metrics, **counts, **(about or {})})
+        write_json(metrics, {**self.to_dict(), "poses": len(self.results), **(about or {})})
         return metrics
 
 
 def evaluate(
     model: HPetrForPoseEstimation,
     processor: HPetrImageProcessor,
-    dataset: CocoPoseDataset,
+    dataset: PoseDataset,
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
+    *,
+    flip_test: bool = False,
 ) -> EvalResult:
     """Evaluate a model on every picture of a data set, on the device where the model is.
+
+    The protocol is CrowdPose's where the pictures have a `crowdIndex`, else COCO's. Under torchrun, or where a process
+    group exists already, every process has to call this: the batches are those of one process, dealt out whole, so
+    that poses and figures are the same.
 
     Args:
         model: left in the mode (train or eval) it came in.
         processor: the checkpoint's own.
-        dataset: its JSON, as it is, is the ground truth; its skeleton gives the sigmas.
+        dataset: its `ground_truth()`, as the file has it, is what is compared with; its skeleton gives the sigmas.
         batch_size: pictures that go through the network together.
-        progress: called with the number of pictures after each batch.
+        progress: called, on the first process, with the number of pictures after each batch (of all processes).
+        flip_test: merge the poses of each picture and of its mirror image.
 
     Raises:
-        InputError: a picture cannot be read (nothing is left out of an evaluation), or the model has another K or
-            more classes than the data set.
+        InputError: a picture cannot be read (nothing is left out of an evaluation), the model has another K or more
+            classes than the data set, the data are not the same for all processes, or there are more processes than
+            pictures. On one process, it is raised on all.
     """
-    ground_truth = read_ground_truth(dataset.path)
-    category_ids = [category["id"] for category in ground_truth["categories"]]
-    _check_model(model, dataset, len(category_ids))
+    processes.join()
+    ground_truth = processes.together(lambda: _checked_ground_truth(model, dataset))
+    _check_processes(dataset, batch_size)
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    results: list[dict[str, Any]] = []
-    image_ids: list[int] = []
+    category_ids = [category["id"] for category in ground_truth["categories"]]
+    predict = predict_batch_flipped if flip_test else predict_batch
+
+    def estimate(batch: range) -> list[_Pose]:
+        samples = [dataset[index] for index in batch]
+        found = predict(model, processor, [sample.image for sample in samples], KEEP_ALL)
+        return [
+            (index, sample.image_id, poses.to_coco(sample.image_id, category_ids))
+            for index, sample, poses in zip(batch, samples, found, strict=True)
+        ]
+
     try:
-        for start in range(0, len(dataset), batch_size):
-            samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            poses = predict_batch(model, processor, [sample.image for sample in samples], KEEP_ALL)
-            for sample, result in zip(samples, poses, strict=True):
-                results += result.to_coco(sample.image_id, category_ids)
-                image_ids.append(sample.image_id)
-            if progress is not None:
-                progress(len(samples))
+        done = _deal_out(estimate, len(dataset), batch_size, progress)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
-    metrics = coco_metrics(ground_truth, results, dataset.skeleton.sigmas, image_ids)
-    return EvalResult(metrics, results, len(dataset), seconds)
+    results = [pose for _, _, poses in done for pose in poses]
+    protocol = protocol_of(ground_truth)
+    metrics: dict[str, float] = {}
+    if processes.rank() == 0:
+        _check_complete([index for index, _, _ in done], len(dataset))
+        compute = crowdpose_metrics if protocol == "crowdpose" else coco_metrics
+        metrics = compute(ground_truth, results, dataset.skeleton.sigmas, [image_id for _, image_id, _ in done])
+    return EvalResult(processes.share(metrics), results, len(dataset), seconds, protocol, flip_test, processes.count())
 
 
-def _check_model(model: HPetrForPoseEstimation, dataset: CocoPoseDataset, classes: int) -> None:
+_Pose = tuple[int, int, list[dict[str, Any]]]  # index in the data set, image id, poses as COCO results
+
+
+def _deal_out(
+    estimate: Callable[[range], list[_Pose]], pictures: int, batch_size: int, progress: Callable[[int], None] | None
+) -> list[_Pose]:
+    """All pictures' poses in their order, on the first process; the batches are dealt to the processes in turn."""
+    count, rank = processes.count(), processes.rank()
+    batches = [range(start, min(start + batch_size, pictures)) for start in range(0, pictures, batch_size)]
+    done: list[_Pose] = []
+    for start in range(0, len(batches), ROUNDS * count):
+        dealt = batches[start : start + ROUNDS * count]
+
+        def work(dealt: list[range] = dealt) -> list[list[_Pose]]:
+            own = []
+            for position in range(0, len(dealt), count):
+                own += [estimate(batch) for batch in dealt[position + rank : position + rank + 1]]
+                if progress is not None and rank == 0:
+                    progress(sum(len(batch) for batch in dealt[position : position + count]))
+            return own
+
+        by_rank = processes.gather_to_first(processes.together(work))
+        if by_rank:
+            for position in range(len(dealt)):
+                done += by_rank[position % count][position // count]
+    return done
+
+
+def _check_complete(indices: list[int], pictures: int) -> None:
+    """Every picture once: a figure on part of the data, or with some of it twice, would look like a good one."""
+    if indices != list(range(pictures)):
+        lost, twice = pictures - len(set(indices)), len(indices) - len(set(indices))
+        raise AssertionError(f"evaluation: of {pictures} pictures {lost} are lost and {twice} counted twice")
+
+
+def _check_processes(dataset: PoseDataset, batch_size: int) -> None:
+    """Every process sees the same of the others, so that either none raises or all do."""
+    shares = processes.gather((len(dataset), batch_size))
+    for rank, (pictures, size) in enumerate(shares):
+        if (pictures, size) != shares[0]:
+            raise InputError(
+                f"{dataset.path}: {shares[0][0]} pictures in batches of {shares[0][1]}, but process {rank} has "
+                f"{pictures} in batches of {size}; expected the same of all processes"
+            )
+    if len(shares) > len(dataset):
+        raise InputError(
+            f"{dataset.path}: pictures: {len(dataset)}, processes: {len(shares)}; expected at least one picture per "
+            "process"
+        )
+
+
+def _checked_ground_truth(model: HPetrForPoseEstimation, dataset: PoseDataset) -> dict[str, Any]:
+    truth = dataset.ground_truth()
+    classes, known = len(truth["categories"]), len(model.config.id2label or {})
     if model.config.num_keypoints != dataset.skeleton.num_keypoints:
         raise InputError(
             f"{dataset.path}: poses of {dataset.skeleton.num_keypoints} keypoints, expected the model's "
             f"{model.config.num_keypoints}"
         )
-    if len(model.config.id2label or {}) > classes:
+    if known > classes:
         raise InputError(
-            f"{dataset.path}: {classes} categories with keypoints, expected at least the model's "
-            f"{len(model.config.id2label or {})} classes"
+            f"{dataset.path}: {classes} categories with keypoints, expected at least the model's {known} classes"
         )
+    if protocol_of(truth) == "crowdpose":
+        crowd_levels(truth)  # a wrong crowdIndex is found before the work, not after
+    return truth
+
+
+def protocol_of(ground_truth: Mapping[str, Any]) -> Literal["coco", "crowdpose"]:
+    """ "crowdpose" where a picture has a `crowdIndex`, else "coco"."""
+    return "crowdpose" if any("crowdIndex" in image for image in ground_truth["images"]) else "coco"
 
 
 def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -173,6 +274,82 @@ def coco_metrics(
         InputError: the JSON is not valid, or a result has another K or an unknown picture.
     """
     truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
+    annotations = []
+    for annotation in truth["annotations"]:
+        keypoints = _keypoints(annotation, len(sigmas))
+        labelled = sum(visibility > 0 for visibility in keypoints[2::3])
+        area = {"area": _area(annotation)}
+        annotations.append({"iscrowd": 0, **area, **annotation, "keypoints": keypoints, "num_keypoints": labelled})
+    (figures,) = _figures({**truth, "annotations": annotations}, results, sigmas, [image_ids])
+    return figures
+
+
+def crowdpose_metrics(
+    ground_truth: Mapping[str, Any] | str | os.PathLike[str],
+    results: Sequence[Mapping[str, Any]],
+    sigmas: Sequence[float] = CROWDPOSE.sigmas,
+    image_ids: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """The nine figures of the CrowdPose protocol.
+
+    The OKS is of 0.53 times the box, whatever `area` the file gives. A person whose `num_keypoints` is 0 counts
+    neither way; the file's own number is taken, which counts visible keypoints (2) alone, where it gives one.
+
+    Args:
+        ground_truth: CrowdPose JSON or its content: COCO keypoint JSON with a `crowdIndex` for every picture.
+        results: COCO keypoint results; any number of them, also none.
+        sigmas: K of the OKS.
+        image_ids: pictures to evaluate; None means all of the ground truth.
+
+    Returns:
+        AP, AP50, AP75, AR, AR50, AR75, and by `crowd_levels` AP(easy), AP(medium), AP(hard), in 0..1; -1 where there
+        is nobody to find.
+
+    Raises:
+        InputError: the JSON is not valid, a picture has no `crowdIndex`, or a result has another K or an unknown
+            picture.
+    """
+    truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
+    annotations = []
+    for annotation in truth["annotations"]:
+        keypoints = _keypoints(annotation, len(sigmas))
+        counted = {"num_keypoints": sum(visibility > 0 for visibility in keypoints[2::3])}
+        annotations.append({"iscrowd": 0, **counted, **annotation, "keypoints": keypoints, "area": _area(annotation)})
+    levels = crowd_levels(truth)
+    if image_ids is not None:
+        chosen = set(image_ids)
+        levels = {level: [image_id for image_id in ids if image_id in chosen] for level, ids in levels.items()}
+    complete = {**truth, "annotations": annotations}
+    whole, *parts = _figures(complete, results, sigmas, [image_ids, *levels.values()])
+    by_level = {f"AP({level})": part["AP"] for level, part in zip(levels, parts, strict=True)}
+    return {name: whole[name] for name in CROWDPOSE_METRICS} | by_level
+
+
+def crowd_levels(ground_truth: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Image ids by the picture's `crowdIndex` c: easy c < 0.1, medium 0.1 <= c <= 0.8, hard c > 0.8.
+
+    Raises:
+        InputError: a picture has no `crowdIndex`, or one outside 0..1.
+    """
+    levels: dict[str, list[int]] = {"easy": [], "medium": [], "hard": []}
+    for image in ground_truth["images"]:
+        index = image.get("crowdIndex")
+        if not isinstance(index, Real) or not 0 <= float(index) <= 1:
+            raise InputError(
+                f"image {image['id']}: 'crowdIndex' is {index!r}, expected a number in 0..1 as others have"
+            )
+        level = "easy" if float(index) < EASY_BELOW else "hard" if float(index) > HARD_ABOVE else "medium"
+        levels[level].append(image["id"])
+    return levels
+
+
+def _figures(
+    truth: dict[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    sigmas: Sequence[float],
+    selections: Sequence[Sequence[int] | None],
+) -> list[dict[str, float]]:
+    """COCO's ten figures for each selection of image ids, None = all; of complete annotations."""
     known = {image["id"] for image in truth["images"]}
     for position, result in enumerate(results):
         if result["image_id"] not in known:
@@ -181,29 +358,31 @@ def coco_metrics(
             raise InputError(
                 f"results[{position}]: {len(result['keypoints'])} numbers in 'keypoints', expected {3 * len(sigmas)}"
             )
-    complete = {**truth, "annotations": [_complete(a, len(sigmas)) for a in truth["annotations"]]}
+    figures = []
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # hotcoco warns that sigmas other than COCO's are not COCO's
-        coco = hotcoco.COCO(complete)
-        evaluator = hotcoco.COCOeval(coco, coco.load_res([dict(result) for result in results]), "keypoints")
-        evaluator.params.kpt_oks_sigmas = list(sigmas)
-        if image_ids is not None:
-            evaluator.params.img_ids = sorted(image_ids)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    figures = evaluator.get_results()
-    return {name: float(figures[theirs]) for name, theirs in METRICS.items()}
+        coco = hotcoco.COCO(truth)
+        poses = coco.load_res([dict(result) for result in results])
+        for image_ids in selections:
+            if image_ids is not None and not image_ids:  # an empty list would mean all of them
+                figures.append(dict.fromkeys(METRICS, -1.0))
+                continue
+            evaluator = hotcoco.COCOeval(coco, poses, "keypoints")
+            evaluator.params.kpt_oks_sigmas = list(sigmas)
+            if image_ids is not None:
+                evaluator.params.img_ids = sorted(image_ids)
+            evaluator.evaluate()
+            evaluator.accumulate()
+            evaluator.summarize()
+            found = evaluator.get_results()
+            figures.append({name: float(found[theirs]) for name, theirs in METRICS.items()})
+    return figures
 
 
-def _complete(annotation: Mapping[str, Any], num_keypoints: int) -> dict[str, Any]:
-    """The fields that the protocol reads and files may lack."""
-    keypoints = annotation.get("keypoints") or [0] * (3 * num_keypoints)
-    width, height = annotation["bbox"][2:]
-    return {
-        "iscrowd": 0,
-        "area": AREA_OF_BOX * width * height,
-        **annotation,
-        "keypoints": keypoints,
-        "num_keypoints": sum(visibility > 0 for visibility in keypoints[2::3]),
-    }
+def _keypoints(annotation: Mapping[str, Any], num_keypoints: int) -> list[float]:
+    """3 K numbers; crowds may lack them."""
+    return annotation.get("keypoints") or [0] * (3 * num_keypoints)
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    return AREA_OF_BOX * annotation["bbox"][2] * annotation["bbox"][3]

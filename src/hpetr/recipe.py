@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
@@ -24,17 +24,29 @@ class ModelRecipe(Strict):
 
     preset: str
     options: dict[str, Any] = Field(default={}, description="overrides of the preset, see HPetrConfig")
-    weights: str = Field(
-        default="none", description="'imagenet' (backbone of h-petr-nano), 'none', or the folder of a checkpoint"
+    weights: str = Field(default="none", description="'imagenet' (the backbone's), 'none', or a checkpoint's folder")
+    backbone_weights: str | None = Field(
+        default=None, description="another source of the backbone's weights: hub id, folder or file"
     )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelRecipe:
+        if self.backbone_weights is not None and self.weights not in ("none", "imagenet"):
+            raise ValueError("backbone_weights has no effect beside the weights of a checkpoint, expected one of them")
+        return self
 
 
 class DataSource(Strict):
-    """A COCO keypoint JSON and its pictures."""
+    """Labelled pictures: a COCO or CrowdPose keypoint JSON, or a YOLO-pose `data.yaml`."""
 
     annotations: Path
-    images: Path | None = Field(default=None, description="default: the folder `images` beside the annotations")
+    images: Path | None = Field(default=None, description="JSON: default the folder `images` beside the annotations")
+    split: str | None = Field(default=None, description="YOLO-pose: train, val or test")
+    area_of_box: float | None = Field(default=None, gt=0, description="area of a person = this share of its box")
     limit: int | None = Field(default=None, ge=1, description="the first pictures only")
+    only_with_people: bool = Field(
+        default=False, description="leave out pictures where nobody is annotated, as the published runs do"
+    )
     repeat: int = Field(default=1, ge=1, description="how often an epoch sees each picture")
 
 
@@ -43,17 +55,40 @@ class DataRecipe(Strict):
 
     train: list[DataSource] = Field(min_length=1)
     val: DataSource | None = None
+    sigmas: list[float] | None = Field(default=None, description="of OKS, one a keypoint; default: the data's")
+
+
+class SideRange(Strict):
+    """Every whole number of pixels from one to the other, both included."""
+
+    first: int = Field(ge=32, alias="from")
+    last: int = Field(ge=32, alias="to")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> SideRange:
+        if self.last < self.first:
+            raise ValueError(f"to is {self.last}, expected at least from = {self.first}")
+        return self
+
+
+# The tags pick one of the two by the value's form, so that an error speaks of that one alone.
+_SIDE_TAGS = ("list of pixels", "from and to")
+Sides = Annotated[
+    Annotated[list[int], Field(min_length=1), Tag(_SIDE_TAGS[0])] | Annotated[SideRange, Tag(_SIDE_TAGS[1])],
+    Discriminator(lambda value: _SIDE_TAGS[isinstance(value, dict | SideRange)]),
+]
 
 
 class AugmentRecipe(Strict):
-    """Augmentation; METHOD: PETR's training pipeline."""
+    """Augmentation; the published training pipeline (PETR, CVPR 2022)."""
 
-    short_sides: list[int] = Field(min_length=1, description="short side drawn from these, pixels")
+    short_sides: Sides = Field(description="short side drawn from these pixels: a list, or {from: 400, to: 1400}")
     long_side: int = Field(ge=32, description="limit of the long side, pixels")
     crop_short_sides: list[int] = Field(default=[], description="short side before a random crop; [] = no crops")
     crop: tuple[int, int] = Field(default=(384, 600), description="height and width of the crop")
     flip: float = Field(default=0.5, ge=0, le=1)
     rotation: float = Field(default=0.0, ge=0, le=180, description="degrees, either way")
+    shear: float = Field(default=0.0, ge=0, lt=90, description="degrees, either way, along x and along y")
     photometric: bool = False
 
 
@@ -81,7 +116,12 @@ class TrainRecipe(Strict):
     """Optimisation. Every interval counts optimiser steps."""
 
     epochs: float = Field(gt=0)
-    batch_size: int = Field(default=8, ge=1, description="pictures of a step and process")
+    total_batch_size: int = Field(default=8, ge=1, description="pictures of an optimiser step, over all processes")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="pictures that go through the network together in a process; gradients accumulate up to the total",
+    )
     lr: float = Field(default=2e-4, gt=0)
     backbone_lr_factor: float = Field(default=0.1, ge=0)
     offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
@@ -91,11 +131,30 @@ class TrainRecipe(Strict):
     drops: list[float] = Field(default=[0.8], description="shares of the run after which `step` divides lr by 10")
     warmup_steps: int = Field(default=0, ge=0)
     seed: int = 0
-    workers: int = Field(default=2, ge=0, description="processes that load pictures")
+    workers: int = Field(default=2, ge=0, description="processes that load pictures, for each training process")
     log_every: int = Field(default=20, ge=1)
-    save_every: int = Field(default=500, ge=1)
+    save_every: int = Field(default=500, ge=1, description="a multiple of log_every")
     keep: int = Field(default=2, ge=1, description="checkpoints kept for resuming")
     eval_every: int = Field(default=0, ge=0, description="0 = only at the end")
+    patience: int | None = Field(default=None, ge=1, description="stop after so many evaluations without a better AP")
+    ema: float | None = Field(default=None, gt=0, lt=1, description="decay of an average of the weights, e.g. 0.9998")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
+    bucketing: bool = Field(default=True, description="pictures of similar shape go together, which cuts padding")
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    arguments: dict[str, Any] = Field(
+        default={}, description="further arguments of transformers' TrainingArguments, e.g. fsdp or deepspeed"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainRecipe:
+        # The mean loss since the last log is no part of a checkpoint. As every checkpoint follows a log, a resumed run
+        # logs all the same what an uninterrupted one does.
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every is {self.save_every}, expected a multiple of log_every = {self.log_every}")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience needs evaluations during the run, expected eval_every above 0")
+        return self
 
 
 class Recipe(Strict):
@@ -131,6 +190,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_first_problem(error)}") from None
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults included, as plain values."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as the text of a file that `load_recipe` reads."""
+    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, default_flow_style=None, width=100)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,11 +263,13 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    location = tuple(part for part in problem["loc"] if part not in _SIDE_TAGS)
+    key = ".".join(str(part) for part in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"])
+        known = _known_keys(location)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         return f"unknown key {key!r}, {hint}{more}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}{more}"

@@ -114,10 +114,14 @@ class Skeleton:
     def from_coco_category(cls, category: Mapping[str, Any]) -> Skeleton:
         """The skeleton of one entry of `categories` in a COCO keypoint JSON.
 
-        `keypoints` gives the names and `skeleton` (optional, 1-based) the edges. Flip pairs come from names that
-        differ only in left / right (`left_eye`, `eyeRight`), in a prefix or suffix l / r (`l_eye`, `eye.L`, `eye-r`).
-        Sigmas come from the optional key `sigmas`; else they are COCO's or CrowdPose's where the names equal theirs;
-        else `FALLBACK_SIGMA`, with a warning in the log.
+        `keypoints` gives the names; with COCO's or CrowdPose's (`head` or `top_head`) everything that the entry leaves
+        out is theirs. Optional keys:
+
+        - `skeleton`: the edges, 1-based.
+        - `flip_idx`: K 0-based indices, keypoint i of a mirrored picture is keypoint flip_idx[i] of the original. Else
+          flip pairs come from names that differ only in left / right (`left_eye`, `eyeRight`), in a prefix or suffix
+          l / r (`l_eye`, `eye.L`, `eye-r`).
+        - `sigmas`: K numbers. Else, for names that are nobody's, `FALLBACK_SIGMA`, with a warning in the log.
 
         Raises:
             InputError: `keypoints` is missing or empty, or another key is not valid.
@@ -126,14 +130,53 @@ class Skeleton:
         names = category.get("keypoints")
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise InputError(f"{label}: expected 'keypoints' to be a list of keypoint names")
-        names = tuple(names)
+        known = known_skeleton(names)
+        names = tuple(names) if known is None else known.names
         try:
-            edges = tuple((first - 1, second - 1) for first, second in _pairs(category.get("skeleton") or ()))
-            return cls(names, edges, _infer_flip_pairs(names), _category_sigmas(label, names, category.get("sigmas")))
+            edges, flip_idx = _category_edges(category.get("skeleton"), known), category.get("flip_idx")
+            flip_pairs = _infer_flip_pairs(names) if flip_idx is None else flip_pairs_of(flip_idx, len(names))
+            return cls(names, edges, flip_pairs, _category_sigmas(label, names, category.get("sigmas"), known))
         except InputError as error:
             raise InputError(f"{label}: {error}") from error
         except (TypeError, ValueError) as error:
             raise InputError(f"{label}: expected 'skeleton' pairs of 1-based indices, numbers in 'sigmas'") from error
+
+
+def known_skeleton(names: Sequence[str]) -> Skeleton | None:
+    """COCO or CROWDPOSE where the keypoint names are theirs, in their order; CrowdPose's own files say `head`."""
+    names = tuple(names)
+    if names == COCO.names:
+        return COCO
+    renamed = tuple("top_head" if name == "head" else name for name in names)
+    return CROWDPOSE if renamed == CROWDPOSE.names else None
+
+
+def flip_pairs_of(flip_index: Any, num_keypoints: int) -> tuple[tuple[int, int], ...]:
+    """The flip pairs of a permutation such as `Skeleton.flip_index`, the lower index first.
+
+    Raises:
+        InputError: it is not K whole numbers, or two keypoints do not simply change places.
+    """
+    if not isinstance(flip_index, (list, tuple)) or not all(type(index) is int for index in flip_index):
+        raise InputError(f"'flip_idx' is {flip_index!r}, expected a list of {num_keypoints} keypoint indices")
+    if len(flip_index) != num_keypoints:
+        raise InputError(f"'flip_idx' has {len(flip_index)} entries, expected {num_keypoints}, one for each keypoint")
+    for index, mirrored in enumerate(flip_index):
+        if not 0 <= mirrored < num_keypoints:
+            raise InputError(f"'flip_idx' has {mirrored} at place {index}, expected an index in 0..{num_keypoints - 1}")
+    for index, mirrored in enumerate(flip_index):
+        if flip_index[mirrored] != index:
+            raise InputError(
+                f"'flip_idx' maps keypoint {index} to {mirrored} but {mirrored} to {flip_index[mirrored]}, "
+                "expected two keypoints to change places or a keypoint to stay itself"
+            )
+    return tuple((index, mirrored) for index, mirrored in enumerate(flip_index) if index < mirrored)
+
+
+def unpaired_sides(skeleton: Skeleton) -> list[str]:
+    """Names that speak of left or right (see `Skeleton.from_coco_category`) though their keypoint has no flip pair."""
+    paired = {index for pair in skeleton.flip_pairs for index in pair}
+    return [name for index, name in enumerate(skeleton.names) if index not in paired and _side(name) is not None]
 
 
 def _check_pairs(field: str, pairs: Sequence[tuple[int, int]], count: int) -> None:
@@ -160,12 +203,20 @@ def _first_repeated(values: Sequence[Any]) -> Any:
     raise ValueError("no value repeats")
 
 
-def _category_sigmas(label: str, names: tuple[str, ...], sigmas: Any) -> tuple[float, ...]:
+def _category_edges(listed: Any, known: Skeleton | None) -> tuple[tuple[int, int], ...]:
+    edges = tuple((first - 1, second - 1) for first, second in _pairs(listed or ()))
+    if known is None:
+        return edges
+    # Files of CrowdPose's 14 keypoints often carry COCO's list, whose indices go up to 17.
+    copied = known is CROWDPOSE and set(edges) == set(COCO.edges)
+    return known.edges if not edges or copied else edges
+
+
+def _category_sigmas(label: str, names: Sequence[str], sigmas: Any, known: Skeleton | None) -> tuple[float, ...]:
     if sigmas is not None:
         return tuple(float(sigma) for sigma in sigmas)
-    for known in (COCO, CROWDPOSE):
-        if names == known.names:
-            return known.sigmas
+    if known is not None:
+        return known.sigmas
     logger.warning(
         "%s: no 'sigmas' and the keypoint names are not COCO's: every keypoint gets sigma %g", label, FALLBACK_SIGMA
     )

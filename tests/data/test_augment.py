@@ -1,3 +1,4 @@
+import colorsys
 from pathlib import Path
 
 import cv2
@@ -43,12 +44,15 @@ def make_sample(height=120, width=160, people=4, seed=0, margin=0.0):
     )
 
 
-def mark(sample):
-    """Paint a bright dot on black at every keypoint, so that the picture can be asked where the keypoints went."""
-    image = np.zeros_like(sample.image)
-    for x, y, _ in sample.keypoints[0, :4]:
-        cv2.circle(image, (round(x * 256 - 128), round(y * 256 - 128)), 3 * 256, (255, 255, 255), -1, cv2.LINE_AA, 8)
-    sample.image = image
+def sample_with_a_dot(x, y, height=120, width=160):
+    """One person whose only labelled keypoint, 1, is at x, y, and a bright dot on black there."""
+    sample = make_sample(height, width, people=1)
+    sample.keypoints[:] = 0
+    sample.keypoints[0, 1] = (x, y, 2)
+    sample.boxes[:] = (x - 5, y - 5, x + 5, y + 5)
+    sample.image[:] = 0
+    centre = (round(x * 256 - 128), round(y * 256 - 128))  # OpenCV counts from the centre of the first pixel
+    cv2.circle(sample.image, centre, 3 * 256, (255, 255, 255), cv2.FILLED, cv2.LINE_AA, 8)
     return sample
 
 
@@ -84,6 +88,7 @@ def test_every_transform_keeps_the_invariants(seed, people, which):
     assert result.areas.shape == result.class_labels.shape == (count,)
     labelled = result.keypoints[..., 2] > 0
     assert labelled.any(axis=1).all()
+    assert (np.diff(result.class_labels) > 0).all()  # those who are left keep their order
     assert (result.keypoints[~labelled] == 0).all()
     for boxes in (result.boxes, result.ignore_boxes):
         assert (boxes >= 0).all()
@@ -122,20 +127,44 @@ def test_flip_maps_the_left_joint_to_the_right_joint():
     assert flipped.ignore_boxes.tolist() == [[110, 20, 150, 60]]
 
 
-def test_rotating_there_and_back_returns_the_keypoints():
-    class Angle:
-        def __init__(self, sign):
-            self.sign = sign
+class Given:
+    """Random numbers that are not: every `uniform` is this share of the way from the one limit to the other."""
 
-        def uniform(self, low, high, size=None):
-            return np.zeros(size) if size else high if low == high else self.sign * high
+    def __init__(self, share):
+        self.share = share
 
-    sample = make_sample(margin=0.3)
-    turned = RandomAffine(25)(sample, Angle(1))
-    assert np.abs(turned.keypoints - sample.keypoints).max() > 5
-    back = RandomAffine(25)(turned, Angle(-1))
+    def uniform(self, low, high, size=None):
+        value = low + self.share * (high - low)
+        return value if size is None else np.full(size, value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(angle=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
+def test_rotating_there_and_back_returns_the_keypoints(angle, seed):
+    sample = make_sample(seed=seed, margin=0.3)
+    rotate = RandomAffine(30)
+    turned = rotate(sample, Given((angle + 30) / 60))
+    back = rotate(turned, Given((30 - angle) / 60))
     np.testing.assert_allclose(back.keypoints, sample.keypoints, atol=0.5)
     np.testing.assert_allclose(back.areas, sample.areas, rtol=1e-5)
+
+
+def test_a_positive_angle_turns_clockwise_about_the_centre():
+    sample = make_sample(height=100, width=100, people=1)
+    sample.keypoints[0, :4, :2] = [[50, 50], [90, 50], [50, 10], [60, 60]]
+    result = RandomAffine(30)(sample, Given(1.0))  # 30 degrees; y points down
+    cosine, sine = 40 * np.cos(np.pi / 6), 40 * 0.5
+    expected = [[50, 50], [50 + cosine, 50 + sine], [50 + sine, 50 - cosine]]
+    np.testing.assert_allclose(result.keypoints[0, :3, :2], expected, atol=1e-3)
+
+
+def test_shear_moves_both_axes_by_the_tangent():
+    sample = make_sample(height=100, width=100, people=1)
+    sample.keypoints[0, :4, :2] = [[50, 50], [50, 90], [90, 50], [60, 60]]
+    result = RandomAffine(0, shear=2)(sample, Given(1.0))
+    shift = 40 * np.tan(np.deg2rad(2))
+    expected = [[50, 50], [50 + shift, 90], [90, 50 + shift]]
+    np.testing.assert_allclose(result.keypoints[0, :3, :2], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -143,20 +172,19 @@ def test_rotating_there_and_back_returns_the_keypoints():
     [
         RandomAffine(30, shear=5, scale=(0.8, 1.2), fill=(0, 0, 0)),
         RandomHorizontalFlip(1.0, FLIP_INDEX),
-        RandomResize([300], 1000),
-        RandomCropResize(RandomResize([120], 1000), RandomResize([200], 1000), (110, 110), (140, 140)),
-        Compose([RandomAffine(20, fill=(0, 0, 0)), KeepRatioResize(90, 200)]),
+        RandomResize(range(60, 301), 1000),
+        RandomCropResize(RandomResize([120], 1000), RandomResize(range(80, 201), 1000), (110, 110), (140, 140)),
+        Compose([RandomAffine(20, fill=(0, 0, 0)), RandomHorizontalFlip(1.0, FLIP_INDEX), KeepRatioResize(90, 200)]),
     ],
     ids=["affine", "flip", "resize", "crop", "compose"],
 )
-def test_the_picture_moves_exactly_as_the_keypoints_do(transform):
-    for seed in range(5):
-        sample = mark(make_sample(people=1, seed=seed, margin=0.35))
-        result = transform(sample, np.random.default_rng(seed))
-        labelled = result.keypoints[0, result.keypoints[0, :, 2] > 0, :2]
-        before = centroid(sample.image) - sample.keypoints[0, :4, :2].mean(0)  # dots that overlap shift the centroid
-        assert len(labelled) == 4
-        assert np.abs(centroid(result.image) - labelled.mean(0)).max() < 0.15 + 3 * np.abs(before).max()
+@settings(max_examples=15, deadline=None)
+@given(x=st.floats(55, 105), y=st.floats(40, 80), seed=st.integers(0, 2**32 - 1))
+def test_the_picture_moves_exactly_as_the_keypoints_do(transform, x, y, seed):
+    result = transform(sample_with_a_dot(x, y), np.random.default_rng(seed))
+    labelled = result.keypoints[0, result.keypoints[0, :, 2] > 0, :2]
+    assert len(labelled) == 1
+    assert np.abs(centroid(result.image) - labelled[0]).max() < 0.5
 
 
 def test_areas_scale_with_the_square_of_the_scale():
@@ -187,18 +215,19 @@ def test_people_who_leave_are_dropped_and_keypoints_outside_are_unlabelled():
     assert result.ignore_boxes.tolist() == [[10, 10, 70, 70]]
 
 
-def test_rotation_fills_with_the_mean():
+@pytest.mark.parametrize(("fill", "pixel"), [({}, [124, 116, 104]), ({"fill": (127.0, 10, 0)}, [127, 10, 0])])
+def test_rotation_fills_with_the_mean(fill, pixel):
     sample = make_sample()
     sample.image[:] = 0
-    result = RandomAffine(30)(sample, np.random.default_rng(3))
+    result = RandomAffine(30, **fill)(sample, np.random.default_rng(3))
     assert result.image.shape == sample.image.shape
-    assert result.image[0, 0].tolist() == [124, 116, 104]
+    assert result.image[0, 0].tolist() == pixel
 
 
 def test_random_resize_stays_within_its_sides():
     rng = np.random.default_rng(0)
-    shorts = {min(RandomResize(range(40, 61), 1000)(make_sample(), rng).image.shape[:2]) for _ in range(100)}
-    assert (min(shorts), max(shorts)) == (40, 60)
+    shorts = {min(RandomResize(range(40, 61), 1000)(make_sample(), rng).image.shape[:2]) for _ in range(200)}
+    assert shorts == set(range(40, 61))
     assert max(RandomResize([100], 110)(make_sample(), rng).image.shape[:2]) == 110
 
 
@@ -236,6 +265,44 @@ def test_photometric_distortion_turns_the_hue():
     assert max(greens) > 120
     assert max(blues) > 120
     assert min(greens + blues) == 100
+
+
+def published_colour(rgb, shift, before, saturation, after):
+    """One pixel, 0..255, by the definition in the standard library."""
+    red, green, blue = (max(0.0, (value + shift) * before) for value in rgb)
+    hue, strength, value = colorsys.rgb_to_hsv(red, green, blue)
+    result = np.array([value - (value - c) * saturation for c in colorsys.hsv_to_rgb(hue, strength, value)])
+    return np.clip(result * after, 0, 255)
+
+
+def test_photometric_distortion_follows_the_published_steps():
+    """All pixels of a result come from one combination of steps, and every combination occurs."""
+    sample = make_sample(6, 8)
+    distort = PhotometricDistortion(brightness=0, contrast=(1.4, 1.4), saturation=(1.5, 1.5), hue=0, swap_channels=0)
+    contrasts = ((1, 1), (1.4, 1), (1, 1.4))
+    combinations = [(before, saturation, after) for before, after in contrasts for saturation in (1, 1.5)]
+    pixels = sample.image.reshape(-1, 3)
+    expected = np.array([[published_colour(rgb, 0, *combination) for rgb in pixels] for combination in combinations])
+    seen = set()
+    for seed in range(60):
+        result = distort(sample, np.random.default_rng(seed)).image.reshape(-1, 3)
+        errors = np.abs(expected - result).max(axis=(1, 2))  # (combinations,)
+        assert errors.min() <= 0.51
+        seen |= set(np.flatnonzero(errors <= 0.51))
+    assert seen == set(range(len(combinations)))
+
+
+def test_channel_swap_is_a_permutation_of_the_channels():
+    sample = make_sample()
+    swap = PhotometricDistortion(brightness=0, contrast=(1, 1), saturation=(1, 1), hue=0, swap_channels=1)
+    orders = set()
+    for seed in range(60):
+        image = swap(sample, np.random.default_rng(seed)).image
+        order = tuple(
+            next(old for old in range(3) if (image[..., new] == sample.image[..., old]).all()) for new in range(3)
+        )
+        orders.add(order)
+    assert len(orders) == 6
 
 
 def test_evaluation_resize_is_the_processors():

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from hpetr.data import HPetrImageProcessor, PoseCollator, Sample
 
@@ -31,7 +32,7 @@ def test_batch_has_the_processors_pixels_and_the_samples_labels():
     assert torch.equal(first["keypoints"], torch.from_numpy(samples[0].keypoints))
     assert (first["boxes"].shape, first["areas"].shape, first["ignore_boxes"].shape) == ((2, 4), (2,), (1, 4))
     assert first["class_labels"].dtype == torch.int64
-    assert first["image_id"].item() == 80
+    assert batch["image_ids"][0] == 80
     assert second["keypoints"].shape == (0, 4, 3)
     assert second["boxes"].shape == (0, 4)
 
@@ -40,3 +41,19 @@ def test_defaults_are_the_default_processors():
     assert PoseCollator.from_processor(HPetrImageProcessor())([make_sample(70, 70, 1)])["pixel_values"].equal(
         PoseCollator()([make_sample(70, 70, 1)])["pixel_values"]
     )
+
+
+def test_worker_processes_give_the_same_batches():
+    samples = [make_sample(80, 100, 2), make_sample(120, 80, 0), make_sample(90, 70, 1)]
+    collator = PoseCollator((0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 32)
+    here, there = (list(DataLoader(samples, 2, collate_fn=collator, num_workers=workers)) for workers in (0, 1))
+    assert len(here) == len(there) == 2
+    for expected, batch in zip(here, there, strict=True):
+        assert type(batch) is dict
+        assert batch["image_ids"] == expected["image_ids"]
+        for key in ("pixel_values", "pixel_mask"):
+            assert batch[key].equal(expected[key])
+            assert batch[key].dtype == expected[key].dtype
+        for labels, expected_labels in zip(batch["labels"], expected["labels"], strict=True):
+            assert labels.keys() == expected_labels.keys()
+            assert all(labels[name].equal(value) for name, value in expected_labels.items())

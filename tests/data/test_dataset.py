@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpetr.data import CocoPoseDataset, load_annotations
+from hpetr.data import CocoPoseDataset, load_annotations, open_dataset
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO
+from hpetr.skeleton import COCO, CROWDPOSE
 
 CONTENT = {
     "images": [
@@ -193,3 +193,70 @@ def test_picture_of_another_size_than_annotated(tmp_path, content):
     dataset = CocoPoseDataset(write(tmp_path, content))
     with pytest.raises(InputError, match=r"a\.png: is 40 x 30 pixels, expected 41 x 30"):
         dataset[0]
+
+
+def test_several_problems_are_counted_after_the_first(tmp_path, content):
+    content["annotations"][0]["area"] = 0
+    content["annotations"][3]["bbox"] = [1, 1]
+    with pytest.raises(InputError, match=r"annotation 4: 'bbox' has 2.* \(and 1 more: `hpetr data check` lists them\)"):
+        CocoPoseDataset(write(tmp_path, content))
+    content["annotations"][0]["keypoints"] = [6, 7, 2, "9", 9, 1, 8, None, 0]
+    with pytest.raises(InputError, match="and 1 more"):
+        CocoPoseDataset(write(tmp_path, content))
+
+
+def test_picture_paths_and_sizes(tmp_path, content):
+    dataset = CocoPoseDataset(write(tmp_path, content))
+    assert dataset.picture_paths == [tmp_path / "images" / "a.png", tmp_path / "images" / "sub" / "b.png"]
+    assert dataset.picture_sizes.tolist() == [[40, 30], [20, 10]]
+    assert dataset[1].path == dataset.picture_paths[1]
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_area_of_box_replaces_every_area_in_training_alone(tmp_path, content):
+    dataset = CocoPoseDataset(write(tmp_path, content), area_of_box=1.0)
+    assert dataset[0].areas.tolist() == [200, 200]
+    assert dataset.report.filled_areas == 0
+    assert dataset.ground_truth()["annotations"] == content["annotations"]
+    with pytest.raises(InputError, match="area_of_box is -1"):
+        CocoPoseDataset(tmp_path / "annotations.json", area_of_box=-1)
+
+
+def test_ground_truth_is_the_file_without_other_categories(tmp_path, content):
+    content["categories"].append({"id": 9, "name": "car"})
+    content["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 1, 1]})
+    truth = CocoPoseDataset(write(tmp_path, content), limit=1).ground_truth()
+    assert truth == {
+        "images": content["images"],
+        "categories": content["categories"][:1],
+        "annotations": content["annotations"][:-1],
+    }
+
+
+@pytest.mark.parametrize("head", ["head", "top_head"])
+def test_crowdpose_json(tmp_path, head):
+    names = [*CROWDPOSE.names[:12], head, "neck"]
+    copied = [[first + 1, second + 1] for first, second in COCO.edges]  # such files are about
+    person = {"id": 5, "image_id": 1, "category_id": 1, "iscrowd": 0, "num_keypoints": 3, "bbox": [4, 4, 20, 10]}
+    crowdpose = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30, "crowdIndex": 0.62}],
+        "categories": [{"id": 1, "name": "person", "keypoints": names, "skeleton": copied}],
+        "annotations": [{**person, "keypoints": [6, 7, 2] * 14}],
+    }
+    dataset = CocoPoseDataset(write(tmp_path, crowdpose), area_of_box=1.0)
+    assert dataset.skeleton == CROWDPOSE
+    assert dataset[0].areas.tolist() == [200]
+    truth = dataset.ground_truth()
+    assert truth["images"][0]["crowdIndex"] == 0.62
+    assert "area" not in truth["annotations"][0]
+
+
+def test_open_dataset_chooses_by_name(tmp_path, content):
+    path = write(tmp_path, content)
+    assert len(open_dataset(path, limit=1)) == 1
+    assert isinstance(open_dataset(tmp_path), CocoPoseDataset)
+    with pytest.raises(InputError, match=r"expected a COCO keypoint \.json"):
+        open_dataset(tmp_path / "labels.xml")
+    with pytest.raises(InputError, match=r"neither annotations\.json nor data\.yaml"):
+        open_dataset(tmp_path / "images")

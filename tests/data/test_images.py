@@ -96,6 +96,42 @@ def test_exif_orientation_equals_rotated_pixels(tmp_path, pixels, orientation, t
     np.testing.assert_array_equal(load_image(path), np.rot90(stored, turns))
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"subsampling": "4:2:0"}),
+        ("RGB", {"subsampling": "4:2:2"}),
+        ("RGB", {"subsampling": "4:4:4", "progressive": True}),
+        ("RGB", {"subsampling": "4:2:0", "progressive": True, "restart_marker_blocks": 3}),
+        ("RGB", {"keep_rgb": True}),
+        ("L", {"optimize": True}),
+    ],
+)
+@pytest.mark.parametrize("size", [(37, 61), (64, 48)])
+def test_jpegs_are_what_pillow_makes_of_them(mode, options, size):
+    smooth = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(smooth).resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, "JPEG", **options)
+    whole = buffer.getvalue()
+    damaged = whole[:-30] + b"\xff\xd9"  # ends as it should, but lacks data
+    for data in (whole, whole + b"\0" * 7, damaged):
+        np.testing.assert_array_equal(load_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_a_pil_image_is_left_as_it_is(tmp_path, pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "e.png", exif=exif)
+    with Image.open(tmp_path / "e.png") as image:
+        loaded = load_image(image)
+        assert image.size == (30, 20)
+        assert image.getexif()[0x0112] == 6
+    loaded[:] = 0
+    opaque = Image.fromarray(pixels)
+    load_image(opaque)[:] = 0
+    np.testing.assert_array_equal(np.asarray(opaque), pixels)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 20)])
 def test_extreme_sizes_load(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "x.png")
@@ -148,10 +184,14 @@ def test_keep_ratio_size_never_falls_below_one_pixel():
 
 def test_normalize_and_pad_is_the_formula(pixels):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    values, mask = normalize_and_pad([pixels, resize_image(pixels, 100, 70)], mean, std, 32)
-    assert values.shape == (2, 3, 128, 96)
-    assert mask.shape == (2, 128, 96)
-    assert mask.sum(axis=(1, 2)).tolist() == [20 * 30, 100 * 70]
-    assert (values[0][:, mask[0] == 0] == 0).all()
-    expected = (pixels / 255.0 - mean) / std
-    np.testing.assert_allclose(values[0, :, :20, :30], expected.transpose(2, 0, 1), rtol=1e-6, atol=1e-6)
+    column = np.zeros((30, 4, 3), np.uint8)[3:, 2:3]  # one pixel wide, rows not next to each other
+    pictures = [pixels, resize_image(pixels, 100, 70), column]
+    values, mask = normalize_and_pad(pictures, mean, std, 32)
+    assert values.shape == (3, 3, 128, 96)
+    assert mask.shape == (3, 128, 96)
+    for picture, its_values, its_mask in zip(pictures, values, mask, strict=True):
+        height, width = picture.shape[:2]
+        assert its_mask.sum() == its_mask[:height, :width].sum() == height * width
+        assert (its_values[:, its_mask == 0] == 0).all()
+        expected = (picture / 255.0 - mean) / std
+        np.testing.assert_allclose(its_values[:, :height, :width], expected.transpose(2, 0, 1), rtol=1e-6, atol=1e-6)

@@ -13,7 +13,7 @@ from hpetr.data.augment import (
     Transform,
 )
 from hpetr.data.collate import PoseCollator
-from hpetr.data.dataset import CocoPoseDataset, DatasetReport
+from hpetr.data.dataset import CocoPoseDataset, DatasetReport, PoseDataset, YoloPoseDataset, open_dataset
 from hpetr.data.images import load_image
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.data.sample import Sample
@@ -29,12 +29,15 @@ __all__ = [
     "PhotometricDistortion",
     "PoseAnnotations",
     "PoseCollator",
+    "PoseDataset",
     "RandomAffine",
     "RandomCropResize",
     "RandomHorizontalFlip",
     "RandomResize",
     "Sample",
     "Transform",
+    "YoloPoseDataset",
     "load_annotations",
     "load_image",
+    "open_dataset",
 ]

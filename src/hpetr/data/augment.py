@@ -64,7 +64,7 @@ class RandomHorizontalFlip:
         if rng.random() >= self.p:
             return sample
         matrix = np.array([[-1, 0, sample.image.shape[1]], [0, 1, 0]], dtype=np.float64)
-        flipped = move_labels(sample, np.ascontiguousarray(sample.image[:, ::-1]), matrix)
+        flipped = move_labels(sample, cv2.flip(sample.image, 1), matrix)
         return replace(flipped, keypoints=flipped.keypoints[:, list(self.flip_index)])
 
 
@@ -191,21 +191,27 @@ class PhotometricDistortion:
         factor = rng.uniform(*self.contrast) if rng.random() < 0.5 else 1.0
         saturation = rng.uniform(*self.saturation) if rng.random() < 0.5 else 1.0
         turn = rng.uniform(-self.hue, self.hue) if rng.random() < 0.5 else 0.0
-        swap = rng.random() < self.swap_channels
+        order = rng.permutation(3) if rng.random() < self.swap_channels else np.arange(3)
 
-        # (H, W, 3) float32 throughout: values beyond 0..255 must survive until the last step.
-        image: np.ndarray = sample.image.astype(np.float32)
-        image += shift
-        if contrast_first:
-            image *= factor
-        if saturation != 1.0 or turn != 0.0:
-            np.maximum(image, 0, out=image)  # a negative value has no hue: dark pixels would come back bright
-            hsv: np.ndarray = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # hue 0..360, saturation 0..1
-            hsv[..., 0] = (hsv[..., 0] + turn) % 360
-            hsv[..., 1] *= saturation
-            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-        if not contrast_first:
-            image *= factor
-        if swap:
-            image = image[..., rng.permutation(3)]
-        return replace(sample, image=np.rint(image).clip(0, 255).astype(np.uint8))
+        levels = np.arange(256, dtype=np.float32) + np.float32(shift)
+        if saturation == 1.0 and turn == 0.0:  # every channel value has one result
+            table = np.rint(levels * np.float32(factor)).clip(0, 255).astype(np.uint8)
+            image: np.ndarray = cv2.LUT(sample.image, table)
+        else:
+            before, after = (factor, 1.0) if contrast_first else (1.0, factor)
+            # A negative value has no hue: dark pixels would come back bright.
+            table = (levels * np.float32(before)).clip(min=0)
+            # (H, W, 3) float32 up to the last step: values beyond 255 must survive until then.
+            image = _turn_hue(cv2.LUT(sample.image, table), turn, saturation)
+            image = cv2.addWeighted(image, after, image, 0, 0, dtype=cv2.CV_8U)  # the product, rounded and cut off
+        if (order != np.arange(3)).any():
+            image = cv2.transform(image, np.eye(3)[order])  # a permutation matrix is the fastest way
+        return replace(sample, image=image)
+
+
+def _turn_hue(image: np.ndarray, turn: float, saturation: float) -> np.ndarray:
+    """Add `turn` degrees to the hue and multiply the saturation of (H, W, 3) float32 RGB, which is overwritten."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV, dst=image)  # hue 0..360, saturation 0..1, value
+    # OpenCV takes hues beyond 360 as they are meant, but not negative ones.
+    hsv = cv2.transform(hsv, np.array([[1, 0, 0, turn % 360], [0, saturation, 0, 0], [0, 0, 1, 0]]))
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)

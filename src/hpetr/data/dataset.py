@@ -1,8 +1,10 @@
-"""Datasets of pictures with poses."""
+"""Datasets of pictures with poses: COCO and CrowdPose JSON, YOLO-pose, one class for whoever reads them."""
 
 from __future__ import annotations
 
+import math
 import os
+from abc import abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from hpetr.data.annotations import PoseAnnotations, load_annotations
+from hpetr.data.annotations import PoseAnnotations, Problem, raise_first, read_annotations, read_json
 from hpetr.data.images import load_image
 from hpetr.data.sample import Sample
+from hpetr.data.yolo import coco_form, read_yolo
 from hpetr.errors import InputError
 from hpetr.skeleton import Skeleton
+
+# What a folder may hold, in the order of the search.
+SOURCE_NAMES = ("annotations.json", "data.yaml")
 
 
 @dataclass(frozen=True)
@@ -37,33 +43,200 @@ class DatasetReport:
         return ", ".join(f"{count:,} {name}" for name, count in counts if count or name in ("pictures", "people"))
 
 
-class CocoPoseDataset(Dataset[Sample]):
-    """A COCO keypoint JSON and its pictures.
+@dataclass(frozen=True)
+class SelectedPeople:
+    """What training uses of `PoseAnnotations`: plain arrays in the order of the pictures, which worker processes share.
+
+    Boxes are clipped to their picture, keypoints outside it are 0, 0, 0.
+    """
+
+    keypoints: np.ndarray  # (A, K, 3) float32
+    boxes: np.ndarray  # (A, 4) float32 x1, y1, x2, y2
+    areas: np.ndarray  # (A,) float32
+    class_labels: np.ndarray  # (A,) int64
+    is_person: np.ndarray  # (A,) bool
+    is_ignored: np.ndarray  # (A,) bool; some rows are neither
+    starts: np.ndarray  # (N + 1,) int64: rows of picture i are starts[i] to starts[i + 1]
+    report: DatasetReport
+
+
+def select_people(
+    loaded: PoseAnnotations, limit: int | None = None, area_of_box: float | None = None
+) -> SelectedPeople:
+    """Divide the annotations of the first `limit` pictures into people, ignored regions and what is of no use."""
+    records = loaded.images[:limit]
+    order = np.argsort(loaded.image_index, kind="stable")
+    order = order[loaded.image_index[order] < len(records)]
+    picture = loaded.image_index[order]
+    sizes = np.array([(record.width, record.height) for record in records], dtype=np.float32).reshape(-1, 2)
+    keypoints = loaded.keypoints[order]
+    xy = keypoints[..., :2]
+    outside = ((xy < 0) | (xy > sizes[picture, None])).any(-1)  # (A, K)
+    keypoints[outside] = 0
+    whole_boxes = loaded.boxes[order]
+    boxes = whole_boxes.clip(0, np.tile(sizes[picture], 2))  # (A, 4)
+    has_extent = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    crowd = loaded.is_crowd[order]
+    labelled = (keypoints[..., 2] > 0).any(axis=1)
+    is_person = ~crowd & labelled
+    areas = loaded.areas[order]
+    if area_of_box is not None:
+        areas = np.float32(area_of_box) * np.prod(whole_boxes[:, 2:] - whole_boxes[:, :2], axis=1)
+    report = DatasetReport(
+        pictures=len(records),
+        pictures_without_people=len(records) - len(np.unique(picture[is_person])),
+        people=int(is_person.sum()),
+        people_without_keypoints=int((~crowd & ~labelled).sum()),
+        crowds=int(crowd.sum()),
+        boxes_without_extent=int((~is_person & ~has_extent).sum()),
+        keypoints_outside=int(outside.sum()),
+        filled_areas=loaded.filled_areas if area_of_box is None else 0,
+        other_categories=loaded.other_categories,
+    )
+    return SelectedPeople(
+        keypoints=keypoints,
+        boxes=boxes,
+        areas=areas,
+        class_labels=loaded.class_labels[order],
+        is_person=is_person,
+        is_ignored=~is_person & has_extent,
+        starts=np.searchsorted(picture, np.arange(len(records) + 1)),
+        report=report,
+    )
+
+
+class PictureSizeError(InputError):
+    """A picture has another size than its annotation."""
+
+
+def read_picture(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8 RGB.
+
+    Raises:
+        InputError: the picture cannot be read, or (PictureSizeError) is not of the annotated size.
+    """
+    image = load_image(path)
+    if image.shape[:2] != (height, width):
+        raise PictureSizeError(
+            f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, "
+            f"expected {width} x {height} as annotated (EXIF orientation is applied)"
+        )
+    return image
+
+
+class PoseDataset(Dataset[Sample]):
+    """Pictures and the poses in them, whatever form they are stored in; `open_dataset` makes one.
 
     People are annotations with at least one labelled keypoint inside the picture; crowds and people without one are
     the sample's `ignore_boxes`. Pictures without people are kept: they teach what is no person.
 
     Args:
-        annotations: the JSON; see `load_annotations` for what is expected of it.
-        images: folder of the pictures; None takes `images` beside the JSON.
-        skeleton: overrides the one that the JSON's first keypoint category describes.
-        limit: only the first `limit` pictures of the JSON.
+        loaded: annotations without problems.
+        skeleton: overrides the one that the first keypoint category describes.
+        limit: only the first `limit` pictures.
+        area_of_box: the area of every person is this share of its box, whatever the file says.
 
     Attributes:
-        path: the JSON.
+        path: the file that describes the data set.
         skeleton: the keypoints.
-        category: the JSON's first category with keypoints.
+        category: the first category with keypoints, in COCO's form.
+        class_names: names of all categories with keypoints, by class label.
         report: counts of what is there and what is left out (of other categories and filled areas: in the whole file).
 
     Raises:
-        InputError: the JSON is not valid, a picture is missing, or the skeleton has another K. On reading a sample:
-            the picture is broken or not of the size that the JSON says.
+        InputError: a picture is missing, or the skeleton has another K. On reading a sample: the picture is broken or
+            not of the annotated size.
     """
 
     path: Path
     skeleton: Skeleton
     category: dict[str, Any]
+    class_names: list[str]
     report: DatasetReport
+
+    def __init__(
+        self,
+        loaded: PoseAnnotations,
+        skeleton: Skeleton | None = None,
+        limit: int | None = None,
+        area_of_box: float | None = None,
+    ) -> None:
+        raise_first([*loaded.problems, *missing_pictures(loaded, limit).values()])
+        self.path = loaded.path
+        self.category = loaded.category
+        self.class_names = [str(category.get("name", category["id"])) for category in loaded.categories]
+        self.skeleton = skeleton_of(loaded) if skeleton is None else skeleton
+        if self.skeleton.num_keypoints != loaded.num_keypoints:
+            raise InputError(
+                f"{loaded.path}: category {self.category['id']} has {loaded.num_keypoints} keypoints, "
+                f"expected the skeleton's {self.skeleton.num_keypoints}"
+            )
+        records = loaded.images[:limit]
+        # Arrays, not lists of objects: worker processes share their memory.
+        self._paths = np.array([os.path.join(loaded.root, record.file_name) for record in records])
+        self._image_ids = np.array([record.id for record in records], dtype=np.int64)
+        self._sizes = np.array([(record.width, record.height) for record in records], dtype=np.int64)
+        self._people = select_people(loaded, limit, area_of_box)
+        self.report = self._people.report
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = Path(str(self._paths[index]))
+        index %= len(self)  # a negative index counts from the end, also in `starts`
+        width, height = self._sizes[index].tolist()
+        people = self._people
+        rows = slice(people.starts[index], people.starts[index + 1])
+        kept = people.is_person[rows]
+        return Sample(
+            image=read_picture(path, width, height),
+            keypoints=people.keypoints[rows][kept],
+            boxes=people.boxes[rows][kept],
+            areas=people.areas[rows][kept],
+            class_labels=people.class_labels[rows][kept],
+            ignore_boxes=people.boxes[rows][people.is_ignored[rows]],
+            image_id=int(self._image_ids[index]),
+            path=path,
+        )
+
+    @property
+    def picture_paths(self) -> list[Path]:
+        """The N pictures' files, in the order of the samples."""
+        return [Path(path) for path in self._paths.tolist()]
+
+    @property
+    def picture_sizes(self) -> np.ndarray:
+        """(N, 2) int64 width, height in pixels, in the order of the samples; no picture is opened."""
+        return self._sizes.copy()
+
+    @property
+    def has_people(self) -> np.ndarray:
+        """(N,) bool: whether anybody is annotated in a picture, with keypoints or without, a crowd included."""
+        return np.diff(self._people.starts) > 0
+
+    @abstractmethod
+    def ground_truth(self) -> dict[str, Any]:
+        """What evaluation compares with, in COCO's form: `images`, `annotations` and the `categories` with keypoints.
+
+        It is read from the files again, with every number as they have it: nothing is clipped, `area_of_box` has no
+        part in it, and `limit` does not either where the whole is one file.
+        """
+
+
+class CocoPoseDataset(PoseDataset):
+    """A COCO keypoint JSON, CrowdPose's among them, and its pictures; see `PoseDataset`.
+
+    Args:
+        annotations: the JSON; see `read_annotations` for what is expected of it.
+        images: folder of the pictures; None takes `images` beside the JSON.
+        skeleton: overrides the one that the JSON's first keypoint category describes.
+        limit: only the first `limit` pictures of the JSON.
+        area_of_box: the area of every person is this share of its box (CrowdPose training takes 1.0).
+
+    Raises:
+        InputError: the JSON is not valid, a picture is missing, or the skeleton has another K.
+    """
 
     def __init__(
         self,
@@ -71,94 +244,156 @@ class CocoPoseDataset(Dataset[Sample]):
         images: str | os.PathLike[str] | None = None,
         skeleton: Skeleton | None = None,
         limit: int | None = None,
+        area_of_box: float | None = None,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise InputError(f"limit is {limit}, expected at least 1 picture")
-        loaded = load_annotations(annotations)
-        self.path = loaded.path
-        self.category = loaded.category
-        self.skeleton = Skeleton.from_coco_category(loaded.category) if skeleton is None else skeleton
-        if self.skeleton.num_keypoints != loaded.num_keypoints:
-            raise InputError(
-                f"{loaded.path}: category {self.category['id']} has {loaded.num_keypoints} keypoints, "
-                f"expected the skeleton's {self.skeleton.num_keypoints}"
-            )
-        self._records = loaded.images[:limit]
-        self._paths = _find_pictures(loaded, images, self._records)
-        self._select(loaded)
+        _check_options(limit, area_of_box)
+        super().__init__(read_annotations(annotations, images), skeleton, limit, area_of_box)
 
-    def _select(self, loaded: PoseAnnotations) -> None:
-        """Keep the selected pictures' rows as plain arrays: worker processes share their memory."""
-        order = np.argsort(loaded.image_index, kind="stable")
-        order = order[loaded.image_index[order] < len(self._records)]
-        picture = loaded.image_index[order]
-        sizes = np.array([(record.width, record.height) for record in self._records], dtype=np.float32)  # (N, 2)
-        keypoints = loaded.keypoints[order]
-        xy = keypoints[..., :2]
-        outside = ((xy < 0) | (xy > sizes[picture, None])).any(-1)  # (A, K)
-        keypoints[outside] = 0
-        limits = np.tile(sizes[picture], 2)  # (A, 4)
-        boxes = loaded.boxes[order].clip(0, limits)
-        has_extent = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        crowd = loaded.is_crowd[order]
-        labelled = (keypoints[..., 2] > 0).any(axis=1)
-        is_person = ~crowd & labelled
-        is_ignored = ~is_person & has_extent
-
-        self._keypoints = keypoints
-        self._boxes = boxes
-        self._areas = loaded.areas[order]
-        self._class_labels = loaded.class_labels[order]
-        self._is_person, self._is_ignored = is_person, is_ignored
-        self._starts = np.searchsorted(picture, np.arange(len(self._records) + 1))  # rows of picture i: [i], [i + 1]
-        self.report = DatasetReport(
-            pictures=len(self._records),
-            pictures_without_people=len(self._records) - len(np.unique(picture[is_person])),
-            people=int(is_person.sum()),
-            people_without_keypoints=int((~crowd & ~labelled).sum()),
-            crowds=int(crowd.sum()),
-            boxes_without_extent=int((~is_person & ~has_extent).sum()),
-            keypoints_outside=int(outside.sum()),
-            filled_areas=loaded.filled_areas,
-            other_categories=loaded.other_categories,
-        )
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        record, path = self._records[index], self._paths[index]
-        index %= len(self)  # a negative index counts from the end, also in `_starts`
-        image = load_image(path)
-        if image.shape[:2] != (record.height, record.width):
-            raise InputError(
-                f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, "
-                f"expected {record.width} x {record.height} as annotated (EXIF orientation is applied)"
-            )
-        rows = slice(self._starts[index], self._starts[index + 1])
-        people = self._is_person[rows]
-        return Sample(
-            image=image,
-            keypoints=self._keypoints[rows][people],
-            boxes=self._boxes[rows][people],
-            areas=self._areas[rows][people],
-            class_labels=self._class_labels[rows][people],
-            ignore_boxes=self._boxes[rows][self._is_ignored[rows]],
-            image_id=record.id,
-            path=path,
-        )
+    def ground_truth(self) -> dict[str, Any]:
+        content = read_json(self.path)
+        categories = [category for category in content["categories"] if category.get("keypoints")]
+        kept = {category["id"] for category in categories}
+        return {
+            "images": content["images"],  # whole: CrowdPose's crowdIndex is among their keys
+            "annotations": [item for item in content["annotations"] if item["category_id"] in kept],
+            "categories": categories,
+        }
 
 
-def _find_pictures(loaded: PoseAnnotations, folder: str | os.PathLike[str] | None, records: list[Any]) -> list[Path]:
-    root = loaded.path.parent / "images" if folder is None else Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder, expected the pictures of {loaded.path}")
-    paths = [root / record.file_name for record in records]
-    missing = [(record, path) for record, path in zip(records, paths, strict=True) if not path.is_file()]
-    if missing:
-        record, path = missing[0]
-        raise InputError(
-            f"{loaded.path}: image {record.id}: 'file_name' {record.file_name!r}: no picture {path}"
-            f" ({len(missing)} of {len(records)} are missing)"
-        )
-    return paths
+class YoloPoseDataset(PoseDataset):
+    """One split of a YOLO-pose data set; see `PoseDataset`, and `read_yolo` for the format.
+
+    Args:
+        config: the `data.yaml`.
+        split: `train`, `val` or `test`.
+        images: replaces `path`, the root folder of the YAML.
+        skeleton: overrides the one that the YAML describes.
+        limit: only the first `limit` pictures.
+        area_of_box: the area of every person as a share of its box; None is 0.53.
+
+    Raises:
+        InputError: the YAML or a label is not valid, a picture is missing, or the skeleton has another K.
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike[str],
+        split: str,
+        images: str | os.PathLike[str] | None = None,
+        skeleton: Skeleton | None = None,
+        limit: int | None = None,
+        area_of_box: float | None = None,
+    ) -> None:
+        _check_options(limit, area_of_box)
+        self._source = (config, split, images, limit)
+        super().__init__(read_yolo(*self._source), skeleton, limit, area_of_box)
+
+    def ground_truth(self) -> dict[str, Any]:
+        return coco_form(read_yolo(*self._source))
+
+
+def open_dataset(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    *,
+    split: str | None = None,
+    skeleton: Skeleton | None = None,
+    limit: int | None = None,
+    area_of_box: float | None = None,
+) -> PoseDataset:
+    """Open a data set by its file.
+
+    Args:
+        path: `.json` is a COCO or CrowdPose JSON, `.yaml` or `.yml` the data file of YOLO-pose; a folder holds
+            `annotations.json` or `data.yaml`.
+        images: folder of the pictures, see `CocoPoseDataset` and `YoloPoseDataset`.
+        split: which part of a YOLO-pose data set, which needs one; a JSON has none.
+        skeleton, limit, area_of_box: see `PoseDataset`.
+
+    Raises:
+        InputError: the path is neither, or the data set is not valid.
+    """
+    source = source_file(path)
+    check_split(source, split)
+    if split is not None:
+        return YoloPoseDataset(source, split, images, skeleton, limit, area_of_box)
+    return CocoPoseDataset(source, images, skeleton, limit, area_of_box)
+
+
+def is_yolo(source: Path) -> bool:
+    """Whether a file is a YOLO-pose data file, by its suffix."""
+    return source.suffix.lower() in (".yaml", ".yml")
+
+
+def check_split(source: Path, split: str | None) -> None:
+    """A YOLO-pose file needs the name of a split, a JSON has none; else InputError."""
+    if is_yolo(source) and split is None:
+        raise InputError(f"{source}: split is not given, expected train, val or test of a YOLO-pose data set")
+    if not is_yolo(source) and split is not None:
+        raise InputError(f"{source}: split is {split!r}, expected none for a COCO keypoint JSON: it is one split")
+
+
+def source_file(path: str | os.PathLike[str]) -> Path:
+    """The file that describes the data set: the path itself, or what the folder holds.
+
+    Raises:
+        InputError: the path is no JSON, YAML or folder with one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in SOURCE_NAMES:
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"{path}: the folder has neither {' nor '.join(SOURCE_NAMES)}")
+    if path.suffix.lower() != ".json" and not is_yolo(path):
+        raise InputError(f"{path}: expected a COCO keypoint .json, a YOLO-pose .yaml, or a folder with one")
+    return path
+
+
+def skeleton_of(loaded: PoseAnnotations) -> Skeleton:
+    """The skeleton that the first category describes.
+
+    Raises:
+        InputError: names the file, the category and its field.
+    """
+    try:
+        return Skeleton.from_coco_category(loaded.category)
+    except InputError as error:
+        raise InputError(f"{loaded.path}: {error}") from error
+
+
+def missing_pictures(loaded: PoseAnnotations, limit: int | None = None) -> dict[int, Problem]:
+    """The first `limit` pictures that are no files, by index.
+
+    Raises:
+        InputError: there is no folder of pictures at all.
+    """
+    if not loaded.root.is_dir():
+        raise InputError(f"{loaded.root}: no such folder, expected the pictures of {loaded.path}")
+    listings: dict[str, set[str]] = {}
+    missing = {}
+    for index, record in enumerate(loaded.images[:limit]):
+        path = os.path.join(loaded.root, record.file_name)
+        folder, name = os.path.split(path)
+        if folder not in listings:  # one listing of a folder, not a question for each of 100,000 pictures
+            listings[folder] = _files_in(folder)
+        # A file system that ignores case has files under other names than it lists.
+        if name not in listings[folder] and not os.path.isfile(path):
+            text = f"image {record.id}: 'file_name' {record.file_name!r}: no picture {path}"
+            missing[index] = Problem("missing picture", f"{loaded.path}: {text}")
+    return missing
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
+
+
+def _check_options(limit: int | None, area_of_box: float | None) -> None:
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}, expected at least 1 picture")
+    if area_of_box is not None and not (math.isfinite(area_of_box) and area_of_box > 0):
+        raise InputError(f"area_of_box is {area_of_box}, expected a positive share of the box")

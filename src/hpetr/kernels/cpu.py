@@ -24,7 +24,8 @@ from torch import Tensor
 
 logger = logging.getLogger("hpetr")
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# float16, and the gradients of bfloat16, are computed on a float32 copy.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _SOURCES = Path(__file__).parent / "csrc"
 # -fno-trapping-math and -fno-math-errno only drop exception flags and errno, so that floor() and selections vectorise;
@@ -153,15 +154,16 @@ def _call(name: str, value: Tensor, spatial_shapes: Sequence[int], locations: Te
 
 @torch.library.custom_op("hpetr::deformable_sampling", mutates_args=(), device_types="cpu")
 def _forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    # the position arithmetic of bfloat16 values is float32
+    # the position arithmetic of half-precision values is float32
     compute_dtype = torch.promote_types(value.dtype, torch.float32)
-    value, locations, weights = value.contiguous(), locations.to(compute_dtype), weights.to(compute_dtype)
-    locations, weights = locations.contiguous(), weights.contiguous()
-    output = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])  # (B, Q, M*D)
+    stored_dtype = value.dtype if value.dtype in _SUFFIXES else compute_dtype
+    stored = value.to(stored_dtype).contiguous()
+    locations, weights = (x.to(compute_dtype).contiguous() for x in (locations, weights))
+    output = stored.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])  # (B, Q, M*D)
     if output.numel():
-        name = f"hpetr_forward_{_SUFFIXES[value.dtype]}"
-        _call(name, value, spatial_shapes, locations, value, locations, weights, output)
-    return output
+        name = f"hpetr_forward_{_SUFFIXES[stored_dtype]}"
+        _call(name, stored, spatial_shapes, locations, stored, locations, weights, output)
+    return output.to(value.dtype)
 
 
 @_forward.register_fake

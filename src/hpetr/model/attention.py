@@ -11,9 +11,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hpetr.kernels import deformable_sampling
 from hpetr.model.config import HPetrConfig
+from hpetr.model.host import to_device
 
 
 class DeformableAttention(nn.Module):
@@ -46,7 +48,8 @@ class DeformableAttention(nn.Module):
 
         Args:
             query: (B, Q, D), position included.
-            references: (B, Q, L, R, 2) x, y in the padded map of each level; R = 1 here, K in pose attention.
+            references: (B, Q, L, R, 2) x, y in the padded map of each level; R = 1 here, K in pose attention. Float32
+                at least, also under autocast: bfloat16 could not tell neighbouring cells apart.
             value: (B, S, heads, D / heads) from `project_value`.
             spatial_shapes: (H, W) of every level; S is the sum of their products.
         Returns:
@@ -54,14 +57,18 @@ class DeformableAttention(nn.Module):
         """
         batch, length, _ = query.shape
         shape = (batch, length, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).view(*shape, 2)  # (B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)  # (B, Q, M, L, P)
+        precise = references.dtype
+        offsets = self.sampling_offsets(query).to(precise).view(*shape, 2)  # (B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=precise)  # (B, Q, M, L * P)
+        weights = weights.view(shape)
         locations = self.sampling_locations(offsets, references, spatial_shapes)
         return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
 
     def sampling_locations(self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
         """Reference plus offset, the offset counted in cells of the level: (B, Q, M, L, P, 2)."""
-        cells = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)  # (L, 2)
+        cells = to_device(
+            torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype), offsets.device
+        )  # (L, 2)
         return self.per_point(references)[:, :, None] + offsets / self.per_point(cells[:, None])
 
     def per_point(self, x: Tensor) -> Tensor:
@@ -101,13 +108,14 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(self.linear1(x).relu())))
+        return self.dropout(self.linear2(self.dropout(self.linear1(x).relu_())))  # in place: a pass over 80 MB less
 
 
-class DeformableLayer(nn.Module):
+class DeformableLayer(GradientCheckpointingLayer):
     """One post-norm layer: [self-attention,] deformable attention, FFN; a residual and a LayerNorm around each.
 
-    Encoder layers have no self-attention: there deformable attention is the self-attention.
+    Encoder layers have no self-attention: there deformable attention is the self-attention. With gradient
+    checkpointing a layer keeps its inputs only and is computed again in the backward pass.
     """
 
     attention: DeformableAttention
@@ -125,21 +133,54 @@ class DeformableLayer(nn.Module):
         self.ffn = FeedForward(width, ffn_dim, config.dropout)
         self.ffn_norm = nn.LayerNorm(width)
 
-    def attend_to_each_other(self, x: Tensor, position: Tensor, groups: list[int]) -> Tensor:
-        """Self-attention within each of the consecutive groups of queries; x and position (B, Q, D).
+    def attend_to_each_other(self, x: Tensor, position: Tensor, groups: list[int] | int) -> Tensor:
+        """Self-attention within groups of consecutive queries; x and position (B, Q, D).
 
         Attending group by group equals one attention under a block mask, at a fraction of its Q x Q cost.
+
+        Args:
+            groups: the groups' sizes, or the one size of all of them.
         """
+        if isinstance(groups, int):
+            parts = [tuple(t.reshape(-1, groups, t.shape[-1]) for t in (x, position))]  # (B * Q / size, size, D)
+        else:
+            parts = list(zip(x.split(groups, 1), position.split(groups, 1), strict=True))
         outputs = []
-        for part, offset in zip(x.split(groups, 1), position.split(groups, 1), strict=True):
+        for part, offset in parts:
             keys = part + offset
             outputs.append(self.self_attention(keys, keys, part, need_weights=False)[0])
-        return self.self_attention_norm(x + self.self_attention_dropout(torch.cat(outputs, 1)))
+        attended = torch.cat(outputs, 1).view_as(x)
+        return self.self_attention_norm(x + self.self_attention_dropout(attended))
 
     def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        padding_mask: Tensor | None,
+        spatial_shapes: list[tuple[int, int]],
+        groups: list[int] | int | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x, position: (B, Q, D), position may have 1 for B.
+            references, spatial_shapes: as in `DeformableAttention.forward`.
+            memory: (B, S, D) tokens to sample from; padding_mask: (B, S), true on padding, or None.
+            groups: for layers with self-attention, see `attend_to_each_other`.
+        Returns:
+            (B, Q, D)
+        """
+        if groups is not None:
+            x = self.attend_to_each_other(x, position, groups)
+        value = self.attention.project_value(memory, padding_mask)
+        return self.attend_to_image(x, position, references, value, spatial_shapes)
+
+    def attend_to_image(
         self, x: Tensor, position: Tensor, references: Tensor, value: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """x and position (B, Q, D), the rest as in `DeformableAttention.forward`; returns (B, Q, D)."""
+        """Deformable attention and FFN: x and position (B, Q, D), value (B, S, heads, D / heads) -> (B, Q, D)."""
         attended = self.attention(x + position, references, value, spatial_shapes)
         x = self.attention_norm(x + self.attention_dropout(attended))
         return self.ffn_norm(x + self.ffn(x))

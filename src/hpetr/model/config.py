@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO, Skeleton
+from hpetr.skeleton import COCO, CROWDPOSE, Skeleton
 
 RESNET_50: dict[str, Any] = {
     "model_type": "resnet",
@@ -43,6 +43,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The published h-petr-r101 keeps the joint decoder's FFN at 1024.
     "h-petr-r101": {"backbone_config": RESNET_101, **HYBRID, "joint_decoder_ffn_dim": 1024},
     "h-petr-swin-l": {"backbone_config": SWIN_L, **HYBRID},
+    "petr-swin-l-crowdpose": {
+        "backbone_config": {**SWIN_L, "drop_path_rate": 0.3},
+        "num_keypoints": CROWDPOSE.num_keypoints,
+        "skeleton": CROWDPOSE.to_dict(),
+        "decoder_layers": 6,
+        "joint_decoder_layers": 3,
+    },
     "h-petr-nano": {
         "backbone_config": EFFICIENTNET_LITE0,
         "num_frozen_stages": 0,
@@ -155,4 +162,7 @@ class HPetrConfig(PreTrainedConfig):
         known = {field for base in cls.__mro__ for field in getattr(base, "__annotations__", {})} | {"num_labels"}
         if unknown := sorted(set(overrides) - known):
             raise InputError(f"preset {name}: unknown option {unknown[0]!r}")
-        return cls(**{**PRESETS[name], **overrides})
+        values = {**PRESETS[name], **overrides}
+        if "skeleton" not in overrides and values.get("num_keypoints") != PRESETS[name].get("num_keypoints"):
+            values.pop("skeleton", None)  # the preset's is of another K
+        return cls(**values)

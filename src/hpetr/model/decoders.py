@@ -21,12 +21,33 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
-def mlp(d_model: int, hidden: int, outputs: int, depth: int) -> nn.Sequential:
-    """`depth` hidden layers with ReLU, then a linear layer."""
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        layers += [nn.Linear(d_model if i == 0 else hidden, hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+def outside_autocast(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` in the dtype of the module's weights.
+
+    What becomes a coordinate or a score must not pass through bfloat16, whose 8 bits are 2 pixels of 640 and make
+    thousands of tokens equally good.
+    """
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return module(x)
+    with torch.autocast(device, enabled=False):
+        return module(x.to(next(module.parameters()).dtype))
+
+
+class KeypointHead(nn.Sequential):
+    """An MLP of `depth` hidden layers with ReLU and a linear layer, whose result is a step in coordinates' logits."""
+
+    def __init__(self, d_model: int, hidden: int, outputs: int, depth: int):
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [nn.Linear(d_model if i == 0 else hidden, hidden), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self
+        for layer in hidden:
+            x = layer(x)
+        return outside_autocast(last, x)
 
 
 @dataclass
@@ -92,7 +113,9 @@ class PoseDecoder(nn.Module):
         )
         heads = config.decoder_layers + 1
         self.class_heads = nn.ModuleList(nn.Linear(width, len(config.id2label or {})) for _ in range(heads))
-        self.keypoint_heads = nn.ModuleList(mlp(width, config.keypoint_head_dim, joints * 2, 3) for _ in range(heads))
+        self.keypoint_heads = nn.ModuleList(
+            KeypointHead(width, config.keypoint_head_dim, joints * 2, 3) for _ in range(heads)
+        )
 
     def propose(self, memory: Tensor, grid: Grid) -> Proposals:
         """A pose from every token of memory (B, S, D).
@@ -106,7 +129,9 @@ class PoseDecoder(nn.Module):
             valid = valid & ~grid.padding_mask[..., None]
         centre_logits = torch.where(valid, (centres / (1 - centres)).log(), torch.inf)
         features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
-        return Proposals(self.class_heads[-1](features), features, centre_logits, self.keypoint_heads[-1])
+        return Proposals(
+            outside_autocast(self.class_heads[-1], features), features, centre_logits, self.keypoint_heads[-1]
+        )
 
     def forward(self, memory: Tensor, grid: Grid, *, one_to_many: bool) -> tuple[Proposals, Predictions, list[int]]:
         """Proposals, then every layer's poses.
@@ -129,11 +154,17 @@ class PoseDecoder(nn.Module):
         position, x = self.query_embedding.weight[:total].expand(memory.shape[0], -1, -1).chunk(2, -1)  # (B, Q, D)
         logits, keypoints = [], []
         for i, layer in enumerate(self.layers):
-            x = layer.attend_to_each_other(x, position, [size for size in groups if size])
-            value = layer.attention.project_value(memory, grid.padding_mask)
-            x = layer(x, position, grid.scale_references(references), value, grid.spatial_shapes)
+            x = layer(
+                x,
+                position,
+                grid.scale_references(references),
+                memory,
+                grid.padding_mask,
+                grid.spatial_shapes,
+                [size for size in groups if size],
+            )
             offsets = self.keypoint_heads[i](x).unflatten(-1, (self.num_joints, 2))  # (B, Q, K, 2)
-            logits.append(self.class_heads[i](x))
+            logits.append(outside_autocast(self.class_heads[i], x))
             keypoints.append((offsets + inverse_sigmoid(references)).sigmoid())
             references = keypoints[-1].detach()
         return proposals, Predictions(torch.stack(logits), torch.stack(keypoints)), groups
@@ -155,7 +186,7 @@ class JointDecoder(nn.Module):
             )
             for _ in range(config.joint_decoder_layers)
         )
-        self.heads = nn.ModuleList(mlp(width, width, 2, 2) for _ in range(config.joint_decoder_layers))
+        self.heads = nn.ModuleList(KeypointHead(width, width, 2, 2) for _ in range(config.joint_decoder_layers))
 
     def forward(self, memory: Tensor, grid: Grid, poses: Tensor) -> Tensor:
         """memory (B, S, D) and poses (B, T, K, 2) -> the poses after every layer (layers, B, T, K, 2).
@@ -163,22 +194,16 @@ class JointDecoder(nn.Module):
         The value is projected once an image; the T * K queries of all its poses sample that one projection.
         """
         batch, count, joints, _ = poses.shape
-        position, x = self.query_embedding.weight.chunk(2, -1)  # (K, D) each
-        per_pose = (batch * count, joints, -1)
-        per_image = (batch, count * joints, -1)
-        position, x = position.expand(*per_pose), x.expand(*per_pose)  # (B * T, K, D)
+        per_image = (batch, count, joints, -1)
+        position, x = (
+            part.expand(per_image).reshape(batch, count * joints, -1)  # (B, T * K, D)
+            for part in self.query_embedding.weight.chunk(2, -1)
+        )
         references = poses.flatten(1, 2)  # (B, T * K, 2)
         outputs = []
         for layer, head in zip(self.layers, self.heads, strict=True):
-            x = layer.attend_to_each_other(x.reshape(per_pose), position.reshape(per_pose), [joints])
-            value = layer.attention.project_value(memory, grid.padding_mask)
-            x = layer(
-                x.view(per_image),
-                position.reshape(per_image),
-                grid.scale_references(references[:, :, None]),
-                value,
-                grid.spatial_shapes,
-            )
+            scaled = grid.scale_references(references[:, :, None])
+            x = layer(x, position, scaled, memory, grid.padding_mask, grid.spatial_shapes, joints)
             outputs.append((head(x) + inverse_sigmoid(references)).sigmoid().view(batch, count, joints, 2))
             references = outputs[-1].flatten(1, 2).detach()
         return torch.stack(outputs)

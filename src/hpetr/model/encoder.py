@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers
 from hpetr.model.config import HPetrConfig
+from hpetr.model.host import to_device
 
 
 @dataclass
 class Grid:
     """Where the tokens of a batch lie: what every deformable attention needs to know besides the features.
+
+    Float32 at least, whatever the features' dtype: half-precision coordinates miss their cell.
 
     Attributes:
         spatial_shapes: (H_l, W_l) of every level; S = sum of their products.
@@ -72,14 +75,15 @@ def sine_positions(mask: Tensor, features_per_axis: int) -> Tensor:
 
 def make_grid(maps: list[Tensor], masks: list[Tensor] | None) -> Grid:
     """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l)."""
-    d_model, device, dtype = maps[0].shape[1], maps[0].device, maps[0].dtype
+    d_model, device = maps[0].shape[1], maps[0].device
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
     shapes = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
     ratios, centres, positions = [], [], []
     for level, (height, width) in enumerate(shapes):
         # Without padding every picture of the batch has the same grid: one row serves all.
         mask = torch.zeros(1, height, width, dtype=torch.bool, device=device) if masks is None else masks[level]
         valid = torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()  # (B, 2) width, height
-        size = torch.tensor([width, height], dtype=torch.float32, device=device)
+        size = to_device(torch.tensor([width, height], dtype=torch.float32), device)
         ratios.append(valid / size)
         xs = torch.arange(width, device=device) + 0.5
         ys = torch.arange(height, device=device) + 0.5
@@ -116,6 +120,5 @@ class Encoder(nn.Module):
         """tokens (B, S, D), positions (B or 1, S, D) -> memory (B, S, D)."""
         references = grid.scale_references(grid.centres[:, :, None])  # (B, S, L, 1, 2)
         for layer in self.layers:
-            value = layer.attention.project_value(tokens, grid.padding_mask)
-            tokens = layer(tokens, positions, references, value, grid.spatial_shapes)
+            tokens = layer(tokens, positions, references, tokens, grid.padding_mask, grid.spatial_shapes)
         return tokens

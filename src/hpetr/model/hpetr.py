@@ -18,8 +18,18 @@ from hpetr.model.backbone import FeatureExtractor
 from hpetr.model.config import HPetrConfig
 from hpetr.model.decoders import JointDecoder, PoseDecoder, Predictions, Proposals
 from hpetr.model.encoder import Encoder, Grid, make_grid
-from hpetr.model.losses import decoder_losses, heatmap_loss, join_matches, joint_losses
-from hpetr.model.matching import Matches, Targets, check_labels, make_targets
+from hpetr.model.host import to_device
+from hpetr.model.losses import (
+    Matching,
+    decoder_losses,
+    finish_matching,
+    heatmap_loss,
+    joint_losses,
+    match_counts,
+    proposal_losses,
+    start_matching,
+)
+from hpetr.model.matching import Targets, check_labels, make_targets
 
 CLASS_PRIOR, HEATMAP_PRIOR = 0.01, 0.1
 
@@ -58,6 +68,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
     config_class = HPetrConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: HPetrConfig):
         super().__init__(config)
@@ -118,9 +129,14 @@ class HPetrForPoseEstimation(PreTrainedModel):
         maps, masks = self.backbone(pixel_values, self.padding(pixel_mask))
         grid = make_grid(maps, masks)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, D)
-        lengths = torch.tensor([h * w for h, w in grid.spatial_shapes], device=tokens.device)
-        levels = self.level_embedding.weight.repeat_interleave(lengths, 0, output_size=tokens.shape[1])  # (S, D)
-        return self.encoder(tokens, grid.positions + levels, grid), grid
+        levels = torch.cat(
+            [
+                embedding.expand(height * width, -1)
+                for embedding, (height, width) in zip(self.level_embedding.weight, grid.spatial_shapes, strict=True)
+            ]
+        )  # (S, D)
+        positions = (grid.positions + levels).to(levels.dtype)
+        return self.encoder(tokens, positions, grid), grid
 
     def forward(
         self,
@@ -169,7 +185,8 @@ class HPetrForPoseEstimation(PreTrainedModel):
         """(B, 2) width and height of the unpadded pictures."""
         if pixel_mask is None:
             batch, _, height, width = pixel_values.shape
-            return torch.tensor([[width, height]], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
+            size = to_device(torch.tensor([[width, height]], dtype=torch.float32), pixel_values.device)
+            return size.expand(batch, 2)
         inside = pixel_mask != 0
         return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], -1).float()
 
@@ -193,30 +210,30 @@ class HPetrForPoseEstimation(PreTrainedModel):
         targets: Targets,
         padded_width: int,
     ) -> dict[str, Tensor]:
-        """All weighted terms; see `losses.py`."""
-        sigmas = torch.tensor(self.config.skeleton["sigmas"], dtype=torch.float32, device=memory.device)
-        terms, last = decoder_losses(proposals, layers, groups, targets, self.config, sigmas)
-        terms |= self.heatmap_losses(memory, grid.first_level(), targets, padded_width)
-        matches = join_matches(last)
-        poses, slots = self.matched_poses(layers.keypoints[-1].detach(), matches)
-        return terms | joint_losses(
-            self.joint_decoder(memory, grid, poses), slots, matches, targets, self.config, sigmas
-        )
+        """All weighted terms; see `losses.py`. The heatmap branch runs while the matching costs go to the host."""
+        config, device = self.config, memory.device
+        sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
+        groups = [size for size in groups if size]
+        every = proposals.predictions()
+        assignment = start_matching(every, layers, groups, targets, config, sigmas)
+        heatmap = self.heatmap_losses(memory, grid.first_level(), targets, padded_width)
+        matching = finish_matching(assignment, groups, device)
+        counts = match_counts(matching, targets)
+        terms = proposal_losses(proposals, every.keypoints, matching.proposals, targets, config, sigmas, counts[0])
+        terms |= decoder_losses(layers, groups, matching.layers, targets, config, sigmas, counts[1])
+        poses = self.joint_decoder(memory, grid, self.matched_poses(layers.keypoints[-1].detach(), matching))
+        return terms | heatmap | joint_losses(poses, matching.joint, targets, config, sigmas, counts[2])
 
     @staticmethod
-    def matched_poses(keypoints: Tensor, matches: Matches) -> tuple[Tensor, Tensor]:
-        """Matched poses of each image side by side: keypoints (B, Q, K, 2) -> (B, T, K, 2), and (m,) places along T.
+    def matched_poses(keypoints: Tensor, matching: Matching) -> Tensor:
+        """Matched poses of each image side by side: keypoints (B, Q, K, 2) -> (B, T, K, 2).
 
         T is the largest number of matches of an image, at least 1; the places left over are copies of query 0 that no
         loss counts.
         """
-        counts = torch.bincount(matches.image, minlength=len(keypoints))  # (B,)
-        first = counts.cumsum(0) - counts
-        slots = torch.arange(len(matches.image), device=counts.device) - first[matches.image]
-        most = max(int(counts.max()), 1)
-        index = torch.zeros(len(keypoints), most, dtype=torch.long, device=counts.device)
-        index[matches.image, slots] = matches.query
-        return keypoints.gather(1, index[..., None, None].expand(-1, -1, *keypoints.shape[-2:])), slots
+        index = torch.zeros(len(keypoints), matching.most, dtype=torch.long, device=keypoints.device)
+        index[matching.joint.image, matching.joint.slot] = matching.joint.query
+        return keypoints.gather(1, index[..., None, None].expand(-1, -1, *keypoints.shape[-2:]))
 
     def heatmap_losses(self, memory: Tensor, grid: Grid, targets: Targets, padded_width: int) -> dict[str, Tensor]:
         """The heatmap branch over the finest level alone; without position, as published."""

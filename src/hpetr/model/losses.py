@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,12 +12,14 @@ from torch import Tensor
 
 from hpetr.model.config import HPetrConfig
 from hpetr.model.decoders import Predictions, Proposals
+from hpetr.model.host import to_device
 from hpetr.model.matching import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
+    Assignment,
     Matches,
     Targets,
-    assign,
+    at_least_float32,
     object_keypoint_similarity,
     pose_cost,
 )
@@ -28,126 +33,186 @@ def mean_over_processes(counts: Tensor) -> Tensor:
     return counts.clamp(min=1)
 
 
-def ignored_queries(predictions: Predictions, targets: Targets) -> Tensor:
-    """(B, Q) true where the middle of a predicted pose lies in an ignore box of its picture."""
-    middle = predictions.keypoints.detach().mean(-2) * targets.sizes[:, None]  # (B, Q, 2) pixels
-    boxes = targets.ignore_boxes[:, None]  # (B, 1, m, 4)
-    inside = (middle[:, :, None] >= boxes[..., :2]) & (middle[:, :, None] < boxes[..., 2:])  # (B, Q, m, 2)
-    return inside.all(-1).any(-1)
+@dataclass
+class Matching:
+    """All pairs of a training step.
 
-
-def focal_sum(predictions: Predictions, matches: Matches, targets: Targets, *, binary: bool) -> Tensor:
-    """Sigmoid focal loss over all queries, summed (Lin et al. 2017); unmatched queries in ignore boxes count nothing.
-
-    Args:
-        predictions: of one layer and group, logits (B, Q, C).
-        binary: every matched query is class 0 (proposals).
+    Attributes:
+        proposals, layers, joint: pairs of the proposals (1 part), of layer i and query group g (part i * groups + g),
+            and of the joint decoder (1 part), which refines the last layer's of both groups.
+        most: poses of the picture with most of them in the joint decoder, at least 1.
     """
-    logits = predictions.logits.float()
-    truth = torch.zeros_like(logits)
-    classes = targets.classes[matches.image, matches.target]
-    truth[matches.image, matches.query, torch.zeros_like(classes) if binary else classes] = 1
-    probability = logits.sigmoid()
-    miss = probability * (1 - truth) + (1 - probability) * truth
-    alpha = FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)
-    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * alpha * miss**FOCAL_GAMMA
-    if targets.ignore_boxes.shape[1]:
-        counted = ~ignored_queries(predictions, targets) | truth.bool().any(-1)
-        loss = loss * counted[..., None]
-    return loss.sum()
+
+    proposals: Matches
+    layers: Matches
+    joint: Matches
+    most: int
 
 
-def keypoint_sums(keypoints: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over matched poses of L1 (normalised coordinates) and of -log OKS (pixels); keypoints (m, K, 2)."""
-    visible = targets.visible[matches.image, matches.target]  # (m, K)
-    difference = keypoints.float() - targets.keypoints[matches.image, matches.target]
-    l1 = (difference.abs() * visible[..., None]).sum()
-    squared = (difference * targets.sizes[matches.image][:, None]).square().sum(-1)  # (m, K) pixels^2
-    oks = object_keypoint_similarity(squared, visible, targets.areas[matches.image, matches.target], sigmas)
-    return l1, (-oks.clamp(min=1e-6).log() * visible.any(-1)).sum()
-
-
-def match_counts(matches: list[Matches], targets: Targets) -> Tensor:
-    """For each layer and group: matched queries and twice their labelled keypoints, over processes: (groups, 2)."""
-    labelled = targets.visible.sum(-1)  # (B, n)
-    counts = [torch.stack([labelled.new_tensor(len(m.query)), 2 * labelled[m.image, m.target].sum()]) for m in matches]
-    return mean_over_processes(torch.stack(counts).float())
-
-
-def decoder_losses(
-    proposals: Proposals,
+def start_matching(
+    proposals: Predictions,
     layers: Predictions,
     groups: list[int],
     targets: Targets,
     config: HPetrConfig,
     sigmas: Tensor,
-) -> tuple[dict[str, Tensor], list[Matches]]:
-    """Losses of the proposals and of every pose-decoder layer, both query groups added.
+) -> Assignment:
+    """Costs of proposals, and of every pose-decoder layer's groups, on their way to the host.
 
     Args:
+        proposals: of all tokens, (B, S, ...).
         layers: (layers, B, Q, ...), the one-to-one queries first.
-        groups: sizes of the one-to-one and the one-to-many group; the second may be 0.
-    Returns:
-        The weighted terms, and the last layer's matches: one `Matches` a group, query indices into all Q.
+        groups: sizes of the query groups: one-to-one, and one-to-many if there are any.
     """
     depth = len(layers.logits)
-    sizes = [size for size in groups if size]
-    repeats = [1, config.one_to_many_k][: len(sizes)]
-    layer_costs = pose_cost(layers, targets, config, sigmas).split(sizes, 2)  # a (layers, B, Q_g, n) each
-    all_proposals = proposals.predictions()
-    costs = [pose_cost(all_proposals, targets, config, sigmas)]
+    costs = [pose_cost(proposals, targets, config, sigmas)]
+    layer_costs = pose_cost(layers, targets, config, sigmas).split(groups, 2)  # a (layers, B, Q_g, n) each
     costs += [group[i] for i in range(depth) for group in layer_costs]
-    matches = assign(costs, targets.counts, [1] + repeats * depth)
-    counts = match_counts(matches, targets)  # (1 + layers * groups, 2)
+    return Assignment(costs, targets.counts, [1] + [1, config.one_to_many_k][: len(groups)] * depth)
 
-    matched = proposals.keypoints_at(matches[0].image, matches[0].query)
-    ranked = Predictions(proposals.logits, all_proposals.keypoints)
-    terms = {
-        "proposal.class": config.loss_class * focal_sum(ranked, matches[0], targets, binary=True) / counts[0, 0],
-        "proposal.l1": config.loss_l1 * keypoint_sums(matched, matches[0], targets, sigmas)[0] / counts[0, 1],
+
+def finish_matching(assignment: Assignment, groups: list[int], device: torch.device) -> Matching:
+    """Wait for the costs, match, and send the pairs to the device in one copy."""
+    proposal_pairs, *layer_pairs = assignment.solve()  # (3, m) each: image, query, target
+    for part, pairs in enumerate(layer_pairs):
+        pairs[1] += sum(groups[: part % len(groups)])
+    last = np.concatenate(layer_pairs[-len(groups) :], 1)
+    last = last[:, last[0].argsort(kind="stable")]
+    per_image = np.bincount(last[0], minlength=len(assignment.counts))
+    slots = np.arange(last.shape[1]) - (per_image.cumsum() - per_image)[last[0]]
+
+    blocks = [[proposal_pairs], layer_pairs, [last]]
+    sizes = [[pairs.shape[1] for pairs in block] for block in blocks]
+    parts = np.concatenate([np.full(size, i) for block in sizes for i, size in enumerate(block)])
+    columns = np.concatenate([pairs for block in blocks for pairs in block], 1)
+    slot = np.concatenate([np.zeros(len(parts) - len(slots), np.int64), slots])
+    table = to_device(torch.from_numpy(np.stack([parts, *columns, slot])), device)  # (5, m of all blocks)
+    proposals, layers, joint = (
+        Matches(block, *rows)
+        for rows, block in zip(table.split([sum(block) for block in sizes], 1), sizes, strict=True)
+    )
+    return Matching(proposals, layers, joint, most=max(int(per_image.max()), 1))
+
+
+def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
+    """Divisors of the proposals', layers' and joint decoder's losses, over processes: (parts, 2) each.
+
+    For each part its matched queries, and twice their labelled keypoints.
+    """
+    blocks = [matching.proposals, matching.layers, matching.joint]
+    labelled = targets.visible.sum(-1)  # (B, n)
+    keypoints = torch.cat([2 * block.sums(labelled[block.image, block.target]) for block in blocks])
+    matched = torch.tensor([size for block in blocks for size in block.sizes])
+    counts = torch.stack([to_device(matched, keypoints.device), keypoints], -1).float()
+    return list(mean_over_processes(counts).split([len(block.sizes) for block in blocks]))
+
+
+def ignored_queries(keypoints: Tensor, targets: Targets) -> Tensor:
+    """(..., B, Q) true where the middle of a predicted pose (..., B, Q, K, 2) lies in an ignore box of its picture."""
+    middle = keypoints.detach().mean(-2) * targets.sizes[:, None]  # (..., B, Q, 2) pixels
+    boxes = targets.ignore_boxes[:, None]  # (B, 1, m, 4)
+    inside = (middle[..., None, :] >= boxes[..., :2]) & (middle[..., None, :] < boxes[..., 2:])  # (..., B, Q, m, 2)
+    return inside.all(-1).any(-1)
+
+
+def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Tensor:
+    """Sigmoid focal loss of every query (..., B, Q), summed over classes (Lin et al. 2017).
+
+    Args:
+        predictions: logits (..., B, Q, C) with gradient; keypoints say which queries lie in ignore boxes, where
+            unmatched ones count nothing.
+        truth: like the logits, 1 where a query is matched to that class.
+    """
+    logits = at_least_float32(predictions.logits)
+    probability = logits.sigmoid()
+    miss = probability * (1 - truth) + (1 - probability) * truth
+    alpha = FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)
+    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * alpha * miss**FOCAL_GAMMA
+    if targets.ignore_boxes.shape[1]:
+        counted = ~ignored_queries(predictions.keypoints, targets) | truth.bool().any(-1)
+        loss = loss * counted[..., None]
+    return loss.sum(-1)
+
+
+def keypoint_terms(keypoints: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 (normalised coordinates) and -log OKS (pixels) of matched poses (..., m, K, 2): (..., m) each."""
+    visible = targets.visible[matches.image, matches.target]  # (m, K)
+    difference = keypoints - targets.keypoints[matches.image, matches.target]  # (..., m, K, 2)
+    l1 = (difference.abs() * visible[..., None]).sum((-1, -2))
+    squared = (difference * targets.sizes[matches.image][:, None]).square().sum(-1)  # (..., m, K) pixels^2
+    oks = object_keypoint_similarity(squared, visible, targets.areas[matches.image, matches.target], sigmas)
+    return l1, -oks.clamp(min=1e-6).log() * visible.any(-1)
+
+
+def proposal_losses(
+    proposals: Proposals,
+    keypoints: Tensor,
+    matches: Matches,
+    targets: Targets,
+    config: HPetrConfig,
+    sigmas: Tensor,
+    counts: Tensor,
+) -> dict[str, Tensor]:
+    """Focal loss over all tokens, every matched one being class 0, and L1 of the matched ones.
+
+    Args:
+        keypoints: (B, S, K, 2) of all tokens, without gradient. counts: (1, 2) from `match_counts`.
+    """
+    truth = torch.zeros_like(proposals.logits, dtype=torch.promote_types(proposals.logits.dtype, torch.float32))
+    truth[matches.image, matches.query, 0] = 1
+    focal = focal_terms(Predictions(proposals.logits, keypoints), truth, targets).sum()
+    matched = proposals.keypoints_at(matches.image, matches.query)  # (m, K, 2)
+    l1 = keypoint_terms(matched, matches, targets, sigmas)[0].sum()
+    return {
+        "proposal.class": config.loss_class * focal / counts[0, 0],
+        "proposal.l1": config.loss_l1 * l1 / counts[0, 1],
     }
-    split_logits, split_keypoints = layers.logits.split(sizes, 2), layers.keypoints.split(sizes, 2)
-    for i in range(depth):
-        term = [layers.logits.new_zeros((), dtype=torch.float32) for _ in range(3)]
-        for g in range(len(sizes)):
-            index = 1 + i * len(sizes) + g
-            group, pair = Predictions(split_logits[g][i], split_keypoints[g][i]), matches[index]
-            l1, oks = keypoint_sums(group.keypoints[pair.image, pair.query], pair, targets, sigmas)
-            term[0] = term[0] + focal_sum(group, pair, targets, binary=False) / counts[index, 0]
-            term[1] = term[1] + l1 / counts[index, 1]
-            term[2] = term[2] + oks / counts[index, 0]
-        terms[f"decoder.{i}.class"] = config.loss_class * term[0]
-        terms[f"decoder.{i}.l1"] = config.loss_l1 * term[1]
-        terms[f"decoder.{i}.oks"] = config.loss_oks * term[2]
-    last = [
-        Matches(pair.image, pair.query + offset, pair.target)
-        for pair, offset in zip(matches[-len(sizes) :], [0, groups[0]], strict=False)
-    ]
-    return terms, last
 
 
-def join_matches(matches: list[Matches]) -> Matches:
-    """The pairs of all groups, sorted by image."""
-    image = torch.cat([m.image for m in matches])
-    order = image.argsort(stable=True)
-    query, target = (torch.cat([getattr(m, name) for m in matches])[order] for name in ("query", "target"))
-    return Matches(image[order], query, target)
+def decoder_losses(
+    layers: Predictions,
+    groups: list[int],
+    matches: Matches,
+    targets: Targets,
+    config: HPetrConfig,
+    sigmas: Tensor,
+    counts: Tensor,
+) -> dict[str, Tensor]:
+    """Losses of every pose-decoder layer, each group divided by its own counts and the groups added.
+
+    Args:
+        layers: (layers, B, Q, ...). groups: sizes of the query groups. counts: (layers * groups, 2).
+    """
+    depth = len(layers.logits)
+    layer = torch.div(matches.part, len(groups), rounding_mode="floor")
+    truth = torch.zeros_like(layers.logits, dtype=torch.promote_types(layers.logits.dtype, torch.float32))
+    truth[layer, matches.image, matches.query, targets.classes[matches.image, matches.target]] = 1
+    focal = focal_terms(layers, truth, targets).sum(1)  # (layers, Q)
+    focal = torch.stack([group.sum(-1) for group in focal.split(groups, 1)], -1)  # (layers, groups)
+    matched = layers.keypoints[layer, matches.image, matches.query]  # (m, K, 2)
+    l1, oks = (matches.sums(term).view(depth, -1) for term in keypoint_terms(matched, matches, targets, sigmas))
+    people, coordinates = counts.view(depth, len(groups), 2).unbind(-1)
+    sums = {
+        "class": config.loss_class * (focal / people).sum(-1),  # (layers,) each
+        "l1": config.loss_l1 * (l1 / coordinates).sum(-1),
+        "oks": config.loss_oks * (oks / people).sum(-1),
+    }
+    return {f"decoder.{i}.{name}": term[i] for i in range(depth) for name, term in sums.items()}
 
 
 def joint_losses(
-    poses: Tensor, slots: Tensor, matches: Matches, targets: Targets, config: HPetrConfig, sigmas: Tensor
+    poses: Tensor, matches: Matches, targets: Targets, config: HPetrConfig, sigmas: Tensor, counts: Tensor
 ) -> dict[str, Tensor]:
     """Losses of every joint-decoder layer over the matched poses of both groups.
 
     Args:
-        poses: (layers, B, T, K, 2). slots: (m,) the place along T of each matched pose.
+        poses: (layers, B, T, K, 2). counts: (1, 2).
     """
-    counts = match_counts([matches], targets)[0]
+    l1, oks = keypoint_terms(poses[:, matches.image, matches.slot], matches, targets, sigmas)  # (layers, m) each
     terms = {}
-    for i, layer in enumerate(poses):
-        l1, oks = keypoint_sums(layer[matches.image, slots], matches, targets, sigmas)
-        terms[f"joint.{i}.l1"] = config.loss_joint_l1 * l1 / counts[1]
-        terms[f"joint.{i}.oks"] = config.loss_joint_oks * oks / counts[0]
+    for i in range(len(poses)):
+        terms[f"joint.{i}.l1"] = config.loss_joint_l1 * l1[i].sum() / counts[0, 1]
+        terms[f"joint.{i}.oks"] = config.loss_joint_oks * oks[i].sum() / counts[0, 0]
     return terms
 
 
@@ -172,19 +237,20 @@ def heatmap_targets(targets: Targets, height: int, width: int, stride: int) -> T
     batch, _, joints = targets.visible.shape
     extent = (targets.boxes[..., 2:] - targets.boxes[..., :2]) / stride  # (B, n, 2)
     radius = gaussian_radius(extent[..., 0].ceil(), extent[..., 1].ceil()).floor().clamp(0, 3)  # (B, n)
-    image, person, joint = targets.visible.nonzero(as_tuple=True)  # (v,) each
-    pixels = targets.keypoints[image, person, joint] * targets.sizes[image]
+    pixels = targets.keypoints * targets.sizes[:, None, None]  # (B, n, K, 2)
     # Normalised and back may fall just short of a cell's border; 1e-4 px puts it back.
-    centre = ((pixels + 1e-4) / stride).floor().long()  # (v, 2)
-    reach = radius[image, person][:, None]  # (v, 1)
+    centre = ((pixels + 1e-4) / stride).floor().long()
+    reach = radius[..., None, None]  # (B, n, 1, 1)
     steps = torch.arange(-3, 4, device=centre.device)
     dy, dx = (step.flatten() for step in torch.meshgrid(steps, steps, indexing="ij"))  # (49,)
-    values = (-(dx**2 + dy**2) / (2 * ((2 * reach + 1) / 6) ** 2)).exp()  # (v, 49)
-    x, y = centre[:, :1] + dx, centre[:, 1:] + dy
+    values = (-(dx**2 + dy**2) / (2 * ((2 * reach + 1) / 6) ** 2)).exp()  # (B, n, 1, 49)
+    x, y = centre[..., :1] + dx, centre[..., 1:] + dy  # (B, n, K, 49)
     inside = (dx.abs() <= reach) & (dy.abs() <= reach) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = ((image * joints + joint)[:, None] * height + y) * width + x
-    flat = values.new_zeros(batch * joints * height * width)
-    flat.scatter_reduce_(0, index[inside], values[inside], "amax")
+    # What is outside adds a 0, which is no maximum: choosing the cells inside would wait for the device.
+    values = values * (inside & targets.visible[..., None])
+    index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).transpose(1, 2).flatten(2)  # (B, K, n * 49)
+    flat = values.new_zeros(batch, joints, height * width)
+    flat.scatter_reduce_(2, index, values.transpose(1, 2).flatten(2), "amax")
     return flat.view(batch, joints, height, width)
 
 
@@ -194,7 +260,7 @@ def heatmap_loss(
     """Penalty-reduced focal loss (CornerNet, alpha 2, beta 4) of logits (B, K, H, W); padding (B, H, W) is left out."""
     height, width = logits.shape[-2:]
     truth = heatmap_targets(targets, height, width, stride)
-    probability = logits.float().sigmoid().clamp(1e-4, 1 - 1e-4)
+    probability = at_least_float32(logits).sigmoid().clamp(1e-4, 1 - 1e-4)
     peak = truth == 1
     positive = -probability.log() * (1 - probability) ** 2 * peak
     negative = -(1 - probability).log() * probability**2 * (1 - truth) ** 4

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
 from hpetr.model.decoders import Predictions
+from hpetr.model.host import HostCopy, to_device
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
@@ -42,11 +43,25 @@ class Targets:
 
 @dataclass
 class Matches:
-    """m matched pairs of one layer and group: image, query and target index, each (m,)."""
+    """m matched pairs of several parts (a decoder layer's query group each), on the device.
 
+    Attributes:
+        sizes: pairs of each part.
+        part, image, query, target: (m,) indices; queries count from the first of all groups.
+        slot: (m,) place of the pose among its picture's in the joint decoder, 0 elsewhere.
+    """
+
+    sizes: list[int]
+    part: Tensor
     image: Tensor
     query: Tensor
     target: Tensor
+    slot: Tensor
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of values (m,) over each part: (parts,), added in the same order every time."""
+        parts = torch.arange(len(self.sizes), device=values.device)
+        return torch.where(self.part == parts[:, None], values, 0.0).sum(1)
 
 
 def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int) -> None:
@@ -65,13 +80,18 @@ def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int
 
 
 def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
-    """Batch the labels (pixels of the unpadded pictures, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h."""
+    """Batch the labels (pixels of the unpadded pictures, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h.
+
+    Labels may lie on the host or on the device; from the host they take one copy a field.
+    """
 
     def batched(field: str, dtype: torch.dtype) -> Tensor:
-        return pad_sequence([label[field].to(sizes.device, dtype) for label in labels], batch_first=True)
+        values = pad_sequence([label[field].to(dtype) for label in labels], batch_first=True)
+        return to_device(values, sizes.device) if values.device.type == "cpu" else values
 
     keypoints = batched("keypoints", torch.float32)  # (B, n, K, 3)
-    ignored = [label.get("ignore_boxes", sizes.new_zeros(0, 4)) for label in labels]
+    missing = labels[0]["boxes"].new_zeros(0, 4, dtype=torch.float32)
+    ignored = pad_sequence([label.get("ignore_boxes", missing).to(missing) for label in labels], batch_first=True)
     return Targets(
         keypoints=keypoints[..., :2] / sizes[:, None, None],
         visible=keypoints[..., 2] > 0,
@@ -79,7 +99,7 @@ def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
         boxes=batched("boxes", torch.float32),
         classes=batched("class_labels", torch.int64),
         sizes=sizes,
-        ignore_boxes=pad_sequence([boxes.to(sizes) for boxes in ignored], batch_first=True),
+        ignore_boxes=to_device(ignored, sizes.device) if ignored.device.type == "cpu" else ignored,
         counts=[len(label["areas"]) for label in labels],
     )
 
@@ -96,6 +116,10 @@ def object_keypoint_similarity(squared_distances: Tensor, visible: Tensor, areas
     return ((-exponent).exp() * visible).sum(-1) / visible.sum(-1).clamp(min=1)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
 def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, sigmas: Tensor) -> Tensor:
     """Cost of giving each query each target: (..., B, Q, n) from predictions (..., B, Q, ...).
@@ -103,19 +127,20 @@ def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, s
     Weighted focal cost + keypoint L1 - OKS (PETR, section 3.4). The joints are summed one by one: with all of them at
     once the (Q, n, K, 2) differences of the proposals take gigabytes.
     """
-    probability = predictions.logits.float().sigmoid()
+    probability = at_least_float32(predictions.logits).sigmoid()
     negative = -(1 - probability + 1e-12).log() * (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA
     positive = -(probability + 1e-12).log() * FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA
     focal = positive - negative  # (..., B, Q, C)
-    one_hot = torch.nn.functional.one_hot(targets.classes, focal.shape[-1]).to(focal)  # (B, n, C)
-    cost = config.cost_class * focal @ one_hot.transpose(1, 2)  # (..., B, Q, n)
+    # (..., B, Q, n); a product with one-hot classes would run in bfloat16 under autocast
+    classes = targets.classes[:, None].expand(*focal.shape[:-1], -1)
+    cost = config.cost_class * focal.gather(-1, classes)
 
     labelled = targets.visible.sum(-1).clamp(min=1)  # (B, n)
     scale = 2 * targets.areas[..., None] * (2 * sigmas) ** 2  # (B, n, K)
     distance, similarity = torch.zeros_like(cost), torch.zeros_like(cost)
     for k in range(len(sigmas)):
         seen = targets.visible[:, None, :, k]  # (B, 1, n)
-        difference = predictions.keypoints[..., k, None, :].float() - targets.keypoints[:, None, :, k]  # (.., Q, n, 2)
+        difference = predictions.keypoints[..., k, None, :] - targets.keypoints[:, None, :, k]  # (..., Q, n, 2)
         distance += difference.abs().sum(-1) * seen
         squared = (difference * targets.sizes[:, None, None]).square().sum(-1)
         similarity += (-squared / scale[:, None, :, k]).exp() * seen
@@ -123,30 +148,37 @@ def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, s
     return cost - config.cost_oks * similarity / labelled[:, None]
 
 
-def assign(costs: list[Tensor], counts: list[int], repeats: list[int]) -> list[Matches]:
-    """Hungarian matching of every cost matrix, with one copy to the host and one back.
+class Assignment:
+    """Hungarian matching of cost matrices, in two steps so that the device works while the costs travel.
 
     Args:
-        costs: one (B, Q_i, n) for each layer and group.
+        costs: one (B, Q_i, n) for each part.
         counts: people of each picture; costs beyond them are padding.
-        repeats: for each layer and group, how often every target may be matched (k of one-to-many, else 1).
-    Raises:
-        FloatingPointError: a cost is NaN or infinite.
+        repeats: for each part, how often every target may be matched (k of one-to-many, else 1).
     """
-    device = costs[0].device
-    host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    pairs: list[np.ndarray] = []
-    start = 0
-    for cost, repeat in zip(costs, repeats, strict=True):
-        matrices = host[start : start + cost.numel()].reshape(cost.shape)
-        start += cost.numel()
-        rows = [np.zeros((3, 0), np.int64)]
-        for image, count in enumerate(counts):
-            matrix = np.tile(matrices[image, :, :count], (1, repeat))
-            if not np.isfinite(matrix).all():
-                raise FloatingPointError(f"matching: the cost of picture {image} of the batch is not finite")
-            query, column = linear_sum_assignment(matrix)
-            rows.append(np.stack([np.full_like(query, image), query, column % max(count, 1)]))
-        pairs.append(np.concatenate(rows, 1))
-    joined = torch.from_numpy(np.concatenate(pairs, 1)).to(device)
-    return [Matches(*part) for part in joined.split([p.shape[1] for p in pairs], 1)]
+
+    def __init__(self, costs: list[Tensor], counts: list[int], repeats: list[int]):
+        self.shapes, self.counts, self.repeats = [cost.shape for cost in costs], counts, repeats
+        self.copy = HostCopy(torch.cat([cost.flatten() for cost in costs]))
+
+    def solve(self) -> list[np.ndarray]:
+        """Wait for the costs: for each part (3, m) image, query and target of its pairs, sorted by image.
+
+        Raises:
+            FloatingPointError: a cost is NaN or infinite.
+        """
+        host = self.copy.wait()
+        pairs: list[np.ndarray] = []
+        start = 0
+        for shape, repeat in zip(self.shapes, self.repeats, strict=True):
+            matrices = host[start : start + shape.numel()].reshape(shape)
+            start += shape.numel()
+            rows = [np.zeros((3, 0), np.int64)]
+            for image, count in enumerate(self.counts):
+                matrix = np.tile(matrices[image, :, :count], (1, repeat))
+                if not np.isfinite(matrix).all():
+                    raise FloatingPointError(f"matching: the cost of picture {image} of the batch is not finite")
+                query, column = linear_sum_assignment(matrix)
+                rows.append(np.stack([np.full_like(query, image), query, column % max(count, 1)]))
+            pairs.append(np.concatenate(rows, 1))
+        return pairs

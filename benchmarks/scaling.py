@@ -1,0 +1,436 @@
+"""How time and memory grow with the picture, the batch, the people, the poses, the queries and the threads.
+
+    python benchmarks/scaling.py [--preset h-petr-nano] [--large-preset h-petr-r50] [--threads 2] [--repeats 5]
+        [--sweeps picture people ...] [--quick] [--output outputs/scaling] [--page docs/scaling.md]
+
+A sweep runs in one process, and every round runs each of its points once, in random order: what else the machine does
+hits all points alike. The exponent is fitted to the least times (a line through the logarithms, over the upper half of
+the range, three points at least); the median stands beside them. Memory is the most that the process holds, above what
+it holds once the model is loaded; each point in a fresh process, and on Linux only. A figure for each sweep of more
+than two points goes to `--output`, and with `--page` the tables go between that page's markers. Random weights and
+people: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from torch import Tensor
+
+import hpetr.model.hpetr as model_file
+from hpetr import HPetrConfig, HPetrForPoseEstimation
+from hpetr.benchmark import END, NETWORK_STAGES, OTHER, Marks, count_flops, marked_network
+from hpetr.report import COLORS, INK
+from training_step import random_people
+
+COSTS, ASSIGNMENT, HEATMAP = "matching: costs", "matching: assignment", "heatmap branch"
+LOSSES, BACKWARD, OPTIMISER = "losses", "backward", "optimiser"
+STAGES = (*NETWORK_STAGES, OTHER)
+TRAINING_STAGES = (*NETWORK_STAGES, COSTS, HEATMAP, ASSIGNMENT, LOSSES, BACKWARD, OPTIMISER)
+MARKERS = "osD^vP*X<>x"
+SHOWN_SHARE = 0.01  # of the time at the largest point: a figure leaves out stages that never reach it
+RESET = Path("/proc/self/clear_refs")  # Linux: lets a process forget its peak
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a sweep; `x` is what grows. `options` override the preset's configuration."""
+
+    x: float
+    label: str
+    preset: str
+    threads: int
+    height: int = 288
+    width: int = 384
+    batch: int = 1
+    people: int = 5
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Points of growing `x`, of inference or of a training step."""
+
+    name: str
+    title: str
+    axis: str
+    training: bool
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of every point: the least and the median seconds, the least of every stage, and bytes (None: unknown).
+
+    `flops` of every stage of inference grow as the mathematics says; empty for training.
+    """
+
+    least: list[float]
+    median: list[float]
+    stages: dict[str, list[float]]
+    flops: dict[str, list[float]]
+    memory: list[float] | None
+
+
+# ---------------------------------------------------------------------------------------------------------- the sweeps
+
+
+def make_sweeps(args: argparse.Namespace) -> list[Sweep]:
+    """The sweeps asked for; quick ones are the first three points of each, where the picture does not grow 96 x 128."""
+    nano = functools.partial(Point, preset=args.preset, threads=args.threads)
+    large = functools.partial(Point, preset=args.large_preset, threads=args.threads)
+    if args.quick:
+        nano = functools.partial(nano, height=96, width=128)
+    small, big = args.preset, args.large_preset
+    sweeps = [
+        Sweep("picture", f"{small}: picture", "pixels", False, sizes(nano, 192, 288, 384, 480, 576, 768, 960)),
+        Sweep("picture-large", f"{big}: picture", "pixels", False, sizes(large, 288, 384, 576, 768)),
+        Sweep("batch", f"{small}: batch", "pictures", False, counts(nano, "batch", 1, 2, 4, 8)),
+        Sweep("poses", f"{small}: poses through the joint decoder", "poses", False, pose_counts(nano)),
+        Sweep("queries", f"{small}: queries", "queries", False, query_counts(nano)),
+        Sweep("step-picture", f"{small}: picture, training", "pixels", True, sizes(nano, 192, 288, 384, 480)),
+        Sweep("step-batch", f"{small}: batch, training", "pictures", True, counts(nano, "batch", 1, 2, 4)),
+        Sweep("people", f"{small}: people, training", "people", True, counts(nano, "people", 1, 3, 10, 30, 60, 100)),
+        Sweep("step-queries", f"{small}: queries, training", "queries", True, training_queries(nano)),
+        Sweep("threads", f"{small}: threads", "threads", False, thread_counts(nano)),
+        Sweep("step-threads", f"{small}: threads, training", "threads", True, thread_counts(nano)),
+    ]
+    if args.quick:
+        sweeps = [Sweep(s.name, s.title, s.axis, s.training, s.points[:3]) for s in sweeps]
+    names = [sweep.name for sweep in sweeps]
+    if unknown := sorted(set(args.sweeps or []) - set(names)):
+        sys.exit(f"--sweeps: unknown {unknown[0]!r}, expected some of {', '.join(names)}")
+    return [sweep for sweep in sweeps if not args.sweeps or sweep.name in args.sweeps]
+
+
+def sizes(point: Callable[..., Point], *heights: int) -> tuple[Point, ...]:
+    """Pictures of 3 : 4."""
+    shapes = [(height, height * 4 // 3) for height in heights]
+    return tuple(point(x=h * w, label=f"{h} x {w}", height=h, width=w) for h, w in shapes)
+
+
+def counts(point: Callable[..., Point], field: str, *values: int) -> tuple[Point, ...]:
+    """A field of the point at these values."""
+    return tuple(point(x=value, label=str(value), **{field: value}) for value in values)
+
+
+def pose_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
+    options = [(("num_queries", 800), ("num_poses", n)) for n in (25, 50, 100, 200, 400, 800)]
+    return tuple(point(x=o[1][1], label=str(o[1][1]), options=o) for o in options)
+
+
+def query_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
+    return tuple(point(x=n, label=str(n), options=(("num_queries", n),)) for n in (50, 100, 200, 400, 800, 1600))
+
+
+def training_queries(point: Callable[..., Point]) -> tuple[Point, ...]:
+    """One-to-many queries three times the one-to-one, as in the hybrid presets; together at most as many as tokens."""
+    values = (32, 64, 128, 256, 512)
+    options = [(("num_queries", n), ("num_one_to_many_queries", 3 * n)) for n in values]
+    return tuple(point(x=4 * n, label=str(4 * n), options=o) for n, o in zip(values, options, strict=True))
+
+
+def thread_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
+    """Powers of two, up to all cores."""
+    values = [2**i for i in range((os.cpu_count() or 1).bit_length())]
+    return tuple(point(x=n, label=str(n), threads=n, height=384, width=512, batch=2) for n in values)
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
+
+
+@functools.cache
+def build(preset: str, options: tuple[tuple[str, int], ...], *, training: bool) -> tuple[Any, torch.optim.Optimizer]:
+    """Random weights; heads that are not zero, so that the joints of a pose lie apart as they do after training."""
+    torch.manual_seed(0)
+    model = HPetrForPoseEstimation(HPetrConfig.preset(preset, **dict(options)))
+    for name, parameter in model.named_parameters():
+        if "keypoint_heads" in name or "joint_decoder.heads" in name:
+            torch.nn.init.normal_(parameter, std=0.03)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    if training:  # what a run holds all the time: AdamW's two values a weight
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, 1e-9)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.train(training), optimizer
+
+
+def run(point: Point, *, training: bool) -> dict[str, float]:
+    """Seconds of every stage of one inference or training step."""
+    torch.set_num_threads(point.threads)
+    model, optimizer = build(point.preset, point.options, training=training)
+    pixels = torch.randn(point.batch, 3, point.height, point.width)
+    marks = Marks(perf_counter)
+    if training:
+        labels = [random_people(point.people, point.height, point.width, i, "cpu") for i in range(point.batch)]
+        training_step(model, optimizer, pixels, labels, marks)
+    else:
+        with torch.inference_mode(), marked_network(model, marks):
+            model(pixels)
+    marks(END)
+    return marks.sums()
+
+
+def training_step(
+    model: HPetrForPoseEstimation,
+    optimizer: torch.optim.Optimizer,
+    pixels: Tensor,
+    labels: list[dict[str, Tensor]],
+    marks: Marks,
+) -> None:
+    with marked_network(model, marks), marked_losses(model, marks):
+        loss = model(pixels, None, labels).loss
+    marks(BACKWARD)
+    loss.backward()
+    marks(OPTIMISER)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def marked_losses(model: HPetrForPoseEstimation, marks: Marks) -> Iterator[None]:
+    """Marks on matching and heatmap branch; what remains of the forward pass is the losses."""
+
+    def marked(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            marks(stage)
+            result = function(*args)
+            marks(LOSSES)
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, stage in (
+            (model_file, "start_matching", COSTS),
+            (model_file, "finish_matching", ASSIGNMENT),
+            (model, "heatmap_losses", HEATMAP),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, marked(getattr(owner, name), stage)))
+        yield
+
+
+def time_sweep(sweep: Sweep, repeats: int) -> list[list[dict[str, float]]]:
+    """Stage times of every point and round, after a run of the first point that warms up."""
+    rng = np.random.default_rng(0)
+    times: list[list[dict[str, float]]] = [[] for _ in sweep.points]
+    run(sweep.points[0], training=sweep.training)
+    for _ in range(repeats):
+        for i in rng.permutation(len(sweep.points)):
+            times[i].append(run(sweep.points[i], training=sweep.training))
+    return times
+
+
+def peak_memory(point: Point, training: bool) -> float:
+    """Bytes that a run needs above the loaded model, its optimiser included."""
+    torch.set_num_threads(point.threads)
+    build(point.preset, point.options, training=training)
+    RESET.write_text("5")
+    before = memory("VmRSS")
+    run(point, training=training)
+    return memory("VmHWM") - before
+
+
+def memory(field: str) -> int:
+    """Bytes of this process alone; `getrusage` would give a parent's peak where that is larger."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
+
+
+def measure(sweep: Sweep, repeats: int, fresh: ProcessPoolExecutor) -> Result:
+    """`fresh` runs every task in a process of its own."""
+    times = fresh.submit(time_sweep, sweep, repeats).result()
+    whole = [[sum(stages.values()) for stages in rounds] for rounds in times]
+    peaks = [fresh.submit(peak_memory, p, sweep.training).result() for p in sweep.points] if RESET.exists() else None
+    # In training the model's own hooks mark the rest of the forward pass as other: losses.
+    names = [name for name in dict.fromkeys((*TRAINING_STAGES, OTHER)) if any(name in t for t in times[0])]
+    stages = {name: [min(t.get(name, 0.0) for t in rounds) for rounds in times] for name in names}
+    if sweep.training:
+        stages[LOSSES] = [a + b for a, b in zip(stages[LOSSES], stages.pop(OTHER), strict=True)]
+    flops: dict[str, list[float]] = {}
+    for point in () if sweep.training else sweep.points:
+        config = HPetrConfig.preset(point.preset, **dict(point.options))
+        for name, parts in count_flops(config, point.batch, point.height, point.width).items():
+            flops.setdefault(name, []).append(float(parts.sum()))
+    return Result(
+        least=[min(values) for values in whole],
+        median=[statistics.median(values) for values in whole],
+        stages=stages,
+        flops={**flops, "whole": [sum(values) for values in zip(*flops.values(), strict=True)]},
+        memory=peaks,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+def upper_half(x: Sequence[float]) -> slice:
+    """The points above the middle of the range on a logarithmic axis, and at least the last three."""
+    middle = math.sqrt(x[0] * x[-1])
+    first = next(i for i, value in enumerate(x) if value >= middle)
+    return slice(max(0, min(first, len(x) - 3)), None)
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
+    """Exponent and factor of y = factor * x^exponent over the upper half; None where y is not positive."""
+    half = upper_half(x)
+    if min(y[half]) <= 0:
+        return None
+    exponent, factor = np.polyfit(np.log(x[half]), np.log(y[half]), 1)
+    return float(exponent), math.exp(factor)
+
+
+def exponent_text(x: Sequence[float], y: Sequence[float] | None) -> str:
+    fitted = fit(x, y) if y else None
+    return "-" if fitted is None else f"{fitted[0] + 0.0:.2f}"
+
+
+def axis_label(sweep: Sweep) -> str:
+    return "height x width (exponents over pixels)" if sweep.axis == "pixels" else sweep.axis
+
+
+def table(sweep: Sweep, result: Result) -> str:
+    """Markdown: milliseconds of every point, MB, and exponents."""
+    x = [point.x for point in sweep.points]
+    counted = ["operations' exponent"] if not sweep.training and sweep.axis != "threads" else []
+    rows = [[axis_label(sweep), *(point.label for point in sweep.points), "exponent", *counted]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+
+    def add(name: str, values: Sequence[float], scale: float, flops: Sequence[float] | None = None) -> None:
+        cells = [f"{value * scale:.3g}" if value * scale < 100 else f"{value * scale:,.0f}" for value in values]
+        rows.append([name, *cells, exponent_text(x, values), *([exponent_text(x, flops)] if counted else [])])
+
+    add("whole, median ms", result.median, 1e3)
+    add("whole, least ms", result.least, 1e3, result.flops["whole"] if counted else None)
+    for name, values in result.stages.items():
+        add(name, values, 1e3, result.flops.get(name) if name != OTHER else None)
+    if result.memory:
+        add("memory, MB", result.memory, 1e-6)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def draw(sweep: Sweep, result: Result) -> Figure:
+    """Time and memory over x, both logarithmic, in ink that can be read on white and on black.
+
+    The Figure is used by itself: pyplot would choose a window system.
+    """
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    widths = [3, 2] if result.memory else [1]
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    x = [point.x for point in sweep.points]
+    time = panels[0]
+    curve(time, x, [1e3 * value for value in result.least], "whole", INK, "o", 2.2)
+    time.vlines(x, [1e3 * v for v in result.least], [1e3 * v for v in result.median], color=INK, linewidth=1.2)
+    order = TRAINING_STAGES if sweep.training else STAGES
+    for name, values in result.stages.items():
+        if values[-1] >= SHOWN_SHARE * result.least[-1]:
+            i = order.index(name)
+            curve(time, x, [1e3 * v for v in values], name, COLORS[i % len(COLORS)], MARKERS[i], 1.2)
+    finish(time, sweep, f"{sweep.title}: ms, and exponents")
+    if result.memory:
+        curve(panels[1], x, [value / 1e6 for value in result.memory], "peak", COLORS[0], "o", 2.2)
+        finish(panels[1], sweep, "memory: MB, and exponent")
+    return figure
+
+
+def curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, color: str, marker: str, width: float) -> None:
+    """A curve, its exponent in the legend and, for a thick one, the fitted line."""
+    label = f"{name}: {exponent_text(x, y)}"
+    axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=width, label=label)
+    fitted = fit(x, y)
+    if fitted and width > 2:
+        exponent, factor = fitted
+        axes.plot(x, [factor * v**exponent for v in x], color=color, linewidth=1, linestyle=(0, (4, 3)))
+
+
+def finish(axes: Axes, sweep: Sweep, title: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([point.x for point in sweep.points], [point.label for point in sweep.points], rotation=30)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    if high < 4 * low:  # what hardly grows must not look steep
+        axes.set_ylim(low / 2, high * 2)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(axis_label(sweep), fontsize=9, color=INK)
+    axes.tick_params(which="both", labelsize=8, colors=INK)
+    axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    legend = {"fontsize": 8, "frameon": False, "labelcolor": INK}
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.24), ncols=3, columnspacing=1.2, **legend)
+
+
+def fill_page(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a sweep's markers."""
+    before = page.read_text(encoding="utf-8")
+    pattern = rf"(<!-- scaling: {name} -->\n).*?(<!-- end -->)"
+    after, found = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", before, count=1, flags=re.DOTALL)
+    if not found:
+        sys.exit(f"{page}: no marker '<!-- scaling: {name} -->' with its '<!-- end -->'")
+    page.write_text(after, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="h-petr-nano")
+    parser.add_argument("--large-preset", default="h-petr-r50", help="of the sweep picture-large")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of a sweep")
+    parser.add_argument("--sweeps", nargs="+", help="only these: picture, people, ... as the figures are named")
+    parser.add_argument("--quick", action="store_true", help="three small points a sweep, to see that all runs")
+    parser.add_argument("--output", type=Path, default=Path("outputs/scaling"), help="folder of the figures")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables to replace")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    args.output.mkdir(parents=True, exist_ok=True)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":  # its processes begin with these imported, and no thread started
+        context.set_forkserver_preload(["hpetr.benchmark", "hpetr.report", "transformers.models.resnet"])
+    # Identical figures from identical numbers; text stays text.
+    matplotlib.rcParams.update({"svg.hashsalt": "hpetr", "svg.fonttype": "none"})
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh:
+        for sweep in make_sweeps(args):
+            start = perf_counter()
+            result = measure(sweep, args.repeats, fresh)
+            text = table(sweep, result)
+            print(f"\n{sweep.title} ({perf_counter() - start:.0f} s)\n\n{text}", flush=True)
+            if len(sweep.points) > 2:
+                path = args.output / f"scaling-{sweep.name}.svg"
+                draw(sweep, result).savefig(path, transparent=True, metadata={"Date": None})
+            if args.page:
+                fill_page(args.page, sweep.name, text)
+
+
+if __name__ == "__main__":
+    main()

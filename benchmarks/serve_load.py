@@ -1,0 +1,115 @@
+"""Many clients at once on one `hpetr serve`: what they get, how long it takes, and whether memory stays.
+
+    python benchmarks/serve_load.py [--clients 64] [--seconds 20] [--queue 8] [--batch-size 1] [--checkpoint DIR]
+
+Each client has one connection and asks again as soon as it is answered; after a 503 it waits a random part of what
+`Retry-After` says. Server and clients share the machine. Every answer other than poses and 503 is a failure, and ends
+the benchmark with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(args: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
+    """A server on a free port."""
+    command = [sys.executable, "-m", "hpetr.cli", "serve", "--port", "0", "--queue", str(args.queue)]
+    command += ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    print(line.strip())
+    return server, int(line.split("http://")[1].split()[0].rsplit(":", 1)[1])
+
+
+def metrics(port: int) -> dict[str, float]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def client(port: int, picture: bytes, end: float, outcomes: Counter[str], times: list[float]) -> None:
+    """One connection until the end; `outcomes` and `times` are its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    while (begin := time.perf_counter()) < end:
+        try:
+            connection.request("POST", "/v1/predict", picture, {"Content-Type": "image/jpeg"})
+            answer = connection.getresponse()
+            answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            outcomes[type(error).__name__] += 1
+            connection.close()
+            continue
+        outcomes[str(answer.status)] += 1
+        if answer.status == 200:
+            times.append(time.perf_counter() - begin)
+        elif answer.status == 503:
+            time.sleep(random.uniform(0, float(answer.headers["Retry-After"])))
+    connection.close()
+
+
+def measure(port: int, picture: bytes, clients: int, seconds: float) -> tuple[Counter[str], list[float]]:
+    end = time.perf_counter() + seconds
+    outcomes: list[Counter[str]] = [Counter() for _ in range(clients)]
+    times: list[list[float]] = [[] for _ in range(clients)]
+    threads = [
+        threading.Thread(target=client, args=(port, picture, end, *own)) for own in zip(outcomes, times, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(outcomes, Counter()), sorted(time for own in times for time in own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--queue", type=int, default=8)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
+    args = parser.parse_args()
+    picture = args.picture.read_bytes()
+    server, port = start(args)
+    try:
+        measure(port, picture, 2, 2)  # what is allocated at first use is no growth
+        before = metrics(port)
+        outcomes, times = measure(port, picture, args.clients, args.seconds)
+        after = metrics(port)
+    finally:
+        server.terminate()
+        code = server.wait(120)
+    memory = [figures["process_resident_memory_bytes"] / 1e6 for figures in (before, after)]
+    batches, pictures = (after[name] - before[name] for name in ("hpetr_batch_size_count", "hpetr_batch_size_sum"))
+    print(f"{args.clients} clients, {args.seconds:g} s, {len(picture) / 1e3:.0f} kB picture, queue {args.queue}")
+    print(f"answers: {', '.join(f'{count} x {kind}' for kind, count in sorted(outcomes.items()))}")
+    print(f"poses: {len(times) / args.seconds:.1f} pictures per second, {pictures / max(batches, 1):.2f} a batch")
+    if len(times) > 1:
+        cuts = [1e3 * cut for cut in statistics.quantiles(times, n=100)]
+        print(
+            f"latency in ms: median {cuts[49]:.0f}, 90% {cuts[89]:.0f}, 99% {cuts[98]:.0f}, most {1e3 * times[-1]:.0f}"
+        )
+    print(f"memory of the server: {memory[0]:.0f} MB before, {memory[1]:.0f} MB after; it ended with code {code}")
+    if not times or set(outcomes) - {"200", "503"} or code != 0:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What a training run reads: its pictures, their order and their augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from hpetr.data.augment import (
+    Compose,
+    OneOf,
+    PhotometricDistortion,
+    RandomAffine,
+    RandomCropResize,
+    RandomHorizontalFlip,
+    RandomResize,
+    Transform,
+)
+from hpetr.data.dataset import PoseDataset, open_dataset
+from hpetr.data.sample import Sample
+from hpetr.recipe import AugmentRecipe, DataSource, ProcessorRecipe, SideRange
+from hpetr.skeleton import Skeleton
+
+CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
+BUCKET_STEPS = 32  # optimiser steps whose pictures are sorted by shape together
+
+
+def open_data(source: DataSource, skeleton: Skeleton | None = None) -> PoseDataset:
+    """The data set that a recipe's source names."""
+    return open_dataset(
+        source.annotations,
+        source.images,
+        split=source.split,
+        skeleton=skeleton,
+        limit=source.limit,
+        area_of_box=source.area_of_box,
+    )
+
+
+class Draw(NamedTuple):
+    """A picture's turn: the place in the epoch's list of pictures, and the epoch, which gives its random numbers."""
+
+    epoch: int
+    place: int
+
+
+class TrainingSet(Dataset[Sample]):
+    """Several data sets, filtered, repeated and augmented.
+
+    The random numbers of a picture follow from seed, epoch and place alone, so neither the number of workers and
+    processes nor a restart changes what the network sees.
+    """
+
+    def __init__(self, datasets: list[PoseDataset], sources: list[DataSource], transform: Transform, seed: int):
+        self.datasets, self.transform, self.seed = datasets, transform, seed
+        self.places: list[tuple[int, int]] = []  # data set and picture
+        for number, (data, source) in enumerate(zip(datasets, sources, strict=True)):
+            chosen = np.flatnonzero(data.has_people) if source.only_with_people else range(len(data))
+            self.places += [(number, int(picture)) for picture in chosen] * source.repeat
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        dataset, index = self.places[draw.place]
+        rng = np.random.default_rng([self.seed, draw.epoch, draw.place])
+        return self.transform(self.datasets[dataset][index], rng)
+
+    def shapes(self) -> np.ndarray:
+        """(N,) width / height of every picture."""
+        ratios = [data.picture_sizes[:, 0] / data.picture_sizes[:, 1] for data in self.datasets]
+        return np.array([ratios[dataset][place] for dataset, place in self.places])
+
+
+class EpochSampler(Sampler[Draw]):
+    """The order of an epoch's pictures, from seed and epoch alone.
+
+    The epoch is filled up to whole steps with pictures from its beginning, as the official code does: every step then
+    has the same number of pictures, however many processes share it.
+
+    Args:
+        data: what is sampled.
+        total_batch: pictures of an optimiser step.
+        bucketing: pictures of similar shape go into one step. `BUCKET_STEPS` steps at a time are sorted by width /
+            height, cut into steps and shuffled, so pictures still meet others in every epoch.
+    """
+
+    def __init__(self, data: TrainingSet, total_batch: int, seed: int, *, bucketing: bool):
+        self.size, self.total_batch, self.seed = len(data), total_batch, seed
+        self.shapes = data.shapes() if bucketing else None
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.total_batch) * self.total_batch
+
+    def __iter__(self) -> Iterator[Draw]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = np.resize(rng.permutation(self.size), len(self))
+        if self.shapes is not None:
+            steps: list[np.ndarray] = []
+            for start in range(0, len(order), BUCKET_STEPS * self.total_batch):
+                bucket = order[start : start + BUCKET_STEPS * self.total_batch]
+                bucket = bucket[self.shapes[bucket].argsort(kind="stable")]
+                steps += np.split(bucket, len(bucket) // self.total_batch)
+            order = np.concatenate([steps[step] for step in rng.permutation(len(steps))])
+        return (Draw(self.epoch, int(place)) for place in order)
+
+
+def build_transform(recipe: AugmentRecipe, processor: ProcessorRecipe, skeleton: Skeleton) -> Transform:
+    """The published order: colours, rotation and shear, flip, then one of plain resize and crop with resize."""
+    steps: list[Transform] = []
+    if recipe.photometric:
+        steps.append(PhotometricDistortion())
+    if recipe.rotation or recipe.shear:
+        red, green, blue = (255 * mean for mean in processor.image_mean)
+        steps.append(RandomAffine(rotation=recipe.rotation, shear=recipe.shear, fill=(red, green, blue)))
+    if recipe.flip:
+        steps.append(RandomHorizontalFlip(recipe.flip, skeleton.flip_index))
+    sides = recipe.short_sides
+    short_sides = range(sides.first, sides.last + 1) if isinstance(sides, SideRange) else sides
+    resize = RandomResize(short_sides, recipe.long_side)
+    if not recipe.crop_short_sides:
+        return Compose([*steps, resize])
+    height, width = recipe.crop
+    first = RandomResize(recipe.crop_short_sides, CROP_LONG_SIDE)
+    return Compose([*steps, OneOf([resize, RandomCropResize(first, resize, (height, height), (width, width))])])

@@ -1,0 +1,116 @@
+"""What a training run leaves behind: whole folders or none, and a log without gaps or repetitions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from hpetr.checkpoint import load_config
+from hpetr.errors import InputError
+from hpetr.model.config import HPetrConfig
+from hpetr.recipe import Recipe, recipe_values, recipe_yaml
+from hpetr.results import write_bytes
+
+LOG, RECIPE, STATE = "log.jsonl", "recipe.yaml", "trainer_state.json"
+EVAL_PREFIX = "eval_"  # transformers' mark of evaluations
+UNFINISHED = ".unfinished"  # folder of folders that are being written
+# Keys that may not change when a run goes on: with others its checkpoint would mean something else.
+FIXED = ("model", "data.train", "train.total_batch_size", "train.seed", "train.ema")
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """Give a finished folder its name; whatever had the name is replaced.
+
+    The files are on the disk before the name changes, so that a power cut leaves the old folder or the new one.
+    """
+    for path in (*unfinished.iterdir(), unfinished):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clear_unfinished(output: Path) -> None:
+    """Remove what a killed run did not finish; a folder that it was just replacing gets its name back."""
+    for replaced in output.glob(".*.replaced"):
+        final = output / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+
+
+def checkpoint_to_resume(output: Path, resume: str | Path | None) -> Path | None:
+    """The checkpoint's folder that `resume` means ("auto", a folder, None), or None to start from the beginning.
+
+    Raises:
+        InputError: the folder is no checkpoint, or a new run would write over the checkpoints of another.
+    """
+    if resume is None:
+        if output.is_dir() and get_last_checkpoint(str(output)):
+            raise InputError(f"output {output}: holds checkpoints of a run; pass --resume, or choose another output")
+        return None
+    if str(resume) == "auto":
+        found = get_last_checkpoint(str(output)) if output.is_dir() else None
+        return None if found is None else Path(found)
+    if not (Path(resume) / STATE).is_file():
+        raise InputError(f"resume {resume}: expected the folder of a checkpoint with {STATE}")
+    return Path(resume)
+
+
+def check_same_run(checkpoint: Path, recipe: Recipe, config: HPetrConfig) -> None:
+    """Raise `InputError` where the checkpoint is of another model, or the run's recipe said something else."""
+    ours, theirs = (c.to_dict() for c in (config, load_config(checkpoint)))
+    ignored = {"transformers_version", "dtype", "architectures", "_name_or_path"}
+    for key in sorted(ours.keys() - ignored):
+        if ours[key] != theirs.get(key):
+            values = "" if isinstance(ours[key], dict) else f" {theirs.get(key)!r}, the recipe's {ours[key]!r}"
+            raise InputError(f"resume {checkpoint}: is of another model than the recipe's: {key}{values}")
+    written = checkpoint.parent / RECIPE
+    if not written.is_file():
+        return
+    before, now = yaml.safe_load(written.read_text(encoding="utf-8")), recipe_values(recipe)
+    for key in FIXED:
+        old, new = (_value(values, key) for values in (before, now))
+        if old != new:
+            raise InputError(f"resume {checkpoint}: {key} was {old!r} in this run, expected the same, got {new!r}")
+
+
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Keep the recipe, with all its defaults, in the run's folder."""
+    write_bytes(recipe.output / RECIPE, recipe_yaml(recipe).encode())
+
+
+def log_line(entry: dict[str, Any]) -> str:
+    """A line of the log: the step first, evaluations under the figures' own names."""
+    rest = {name.removeprefix(EVAL_PREFIX): value for name, value in entry.items() if name != "step"}
+    return json.dumps({"step": entry["step"], **rest}) + "\n"
+
+
+def restore_log(output: Path, checkpoint: Path | None) -> None:
+    """Put the log back to what it was when the checkpoint was written; without a checkpoint start a new one.
+
+    A killed run may have logged more, and not have finished its last line.
+    """
+    history = [] if checkpoint is None else json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
+    write_bytes(output / LOG, "".join(map(log_line, history)).encode())

@@ -1,0 +1,248 @@
+"""transformers' Trainer with this method's loss terms, learning rates, evaluation and whole checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from hpetr.checkpoint import save_checkpoint
+from hpetr.data.collate import PoseCollator
+from hpetr.data.dataset import PoseDataset
+from hpetr.data.processor import HPetrImageProcessor
+from hpetr.errors import InputError
+from hpetr.evaluate import evaluate
+from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.predict import default_batch_size
+from hpetr.recipe import TrainRecipe
+from hpetr.training.data import EpochSampler, TrainingSet
+from hpetr.training.optimizer import parameter_groups, schedule_factor
+from hpetr.training.run import UNFINISHED, publish
+
+AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensors in a checkpoint
+BEST = "best"
+
+
+def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights.
+
+    Its decay grows with the number n of steps, (1 + n) / (10 + n), up to `decay`: a short run would otherwise average
+    mostly over its random start.
+    """
+
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))  # the count lies on the host
+        torch._foreach_lerp_(averaged, current, 1 - now)
+
+    return AveragedModel(model, multi_avg_fn=update)
+
+
+def whole_copy(model: HPetrForPoseEstimation, device: torch.device) -> HPetrForPoseEstimation:
+    """A model with all the weights of one whose parameters are sharded; all processes call it together."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    copy = HPetrForPoseEstimation(model.config)
+    cast(torch.nn.Module, copy).to(device)
+    copy.load_state_dict(state)
+    return copy.eval()
+
+
+class PoseTrainer(Trainer):
+    """transformers' Trainer for this method.
+
+    Args:
+        recipe: the run's `train` section.
+        val: data to evaluate on, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        model: HPetrForPoseEstimation,
+        processor: HPetrImageProcessor,
+        data: TrainingSet,
+        val: PoseDataset | None,
+        args: TrainingArguments,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PoseCollator.from_processor(processor),
+            train_dataset=data,
+            eval_dataset=val,
+            processing_class=processor,
+        )
+        self.recipe, self.network, self.processor, self.data, self.val = recipe, model, processor, data, val
+        self.output = Path(cast(str, args.output_dir))
+        self.sampler = EpochSampler(data, recipe.total_batch_size, recipe.seed, bucketing=recipe.bucketing)
+        # Loss terms of the micro-batches since the last log, with their pictures. They stay on the device until then:
+        # to look at them in every step would make a GPU wait.
+        self.pending: list[tuple[str, dict[str, torch.Tensor]]] = []
+        self.seconds, self.steps = 0.0, 0  # of the steps since the last log, without evaluations and checkpoints
+        self.average: AveragedModel | None = None
+        if recipe.ema is not None:
+            self.average = weight_average(cast(torch.nn.Module, model).to(args.device), recipe.ema)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(cast(torch.nn.Module, model or self.model), self.recipe)
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                cast(torch.optim.Optimizer, optimizer or self.optimizer),
+                lambda step: schedule_factor(step, num_training_steps, self.recipe),
+            )
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pictures = ", ".join(str(int(image_id)) for image_id in inputs.pop("image_ids"))
+        try:
+            output = model(**inputs)
+        except FloatingPointError as error:
+            self.check_losses()  # an earlier loss may be the reason
+            raise FloatingPointError(f"step {self.state.global_step + 1}, pictures {pictures}: {error}") from None
+        self.pending.append((pictures, {name: value.detach() for name, value in output.loss_dict.items()}))
+        return (output.loss, output) if return_outputs else output.loss
+
+    def check_losses(self) -> dict[str, float]:
+        """The mean of every loss term since the last log; one copy from the device.
+
+        Raises:
+            FloatingPointError: a term is NaN or infinite; names the first step's pictures and all its terms.
+        """
+        if not self.pending:
+            return {}
+        names = list(self.pending[0][1])
+        rows = torch.stack([torch.stack([terms[name] for name in names]) for _, terms in self.pending]).float().cpu()
+        for (pictures, _), row in zip(self.pending, rows, strict=True):
+            if not row.isfinite().all():
+                terms = ", ".join(f"{name} = {value:g}" for name, value in zip(names, row.tolist(), strict=True))
+                raise FloatingPointError(f"pictures {pictures}: the loss is not finite: {terms}")
+        return dict(zip(names, rows.mean(0).tolist(), strict=True))
+
+    def check_weights(self) -> None:
+        """Raise FloatingPointError where a weight is NaN or infinite: such a model must not become a checkpoint."""
+        norms = torch._foreach_norm([p.detach() for p in self.trained().parameters()])
+        if not bool(torch.stack(norms).isfinite().all()):
+            pictures = self.pending[-1][0] if self.pending else "unknown"
+            raise FloatingPointError(
+                f"step {self.state.global_step}: weights are no longer finite, though the losses were; "
+                f"last pictures: {pictures}"
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            terms = self.check_losses()
+            self.pending.clear()
+            if self.args.world_size > 1:
+                means = torch.tensor(list(terms.values()), device=self.args.device)
+                dist.all_reduce(means)
+                terms = dict(zip(terms, (means / self.args.world_size).tolist(), strict=True))
+            logs |= {name: round(value, 5) for name, value in terms.items()}
+            logs["step_seconds"] = round(self.seconds / max(self.steps, 1), 4)
+            self.seconds, self.steps = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+    def trained(self) -> HPetrForPoseEstimation:
+        """The model that evaluations and the result use: the averaged one where there is an average.
+
+        Of a model whose weights are spread over the processes every process gets a whole copy: an evaluation gives
+        processes different numbers of batches, and a spread model would wait for all of them in each.
+        """
+        if self.average is not None:
+            return cast(HPetrForPoseEstimation, self.average.module)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return self.network
+        return whole_copy(self.network, self.args.device)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The ten COCO figures on the validation data as `eval_AP`, ...; the best model so far goes to `best/`."""
+        assert self.val is not None
+        self.check_losses()
+        result = evaluate(self.trained(), self.processor, self.val, default_batch_size(self.network))
+        metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
+        self.log(dict(metrics))
+        best = self.state.best_metric
+        if metrics["eval_AP"] > (-math.inf if best is None else best):
+            unfinished = self.write_trained(BEST)
+            if self.args.should_save:
+                publish(unfinished, self.output / BEST)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the model as it is now has been evaluated, also before an interruption."""
+        step = self.state.global_step
+        return any(entry["step"] == step and "eval_AP" in entry for entry in self.state.log_history)
+
+    def write_trained(self, name: str) -> Path:
+        """Write the trained model and the processor as a checkpoint folder, not yet in its place; returns it."""
+        unfinished = self.output / UNFINISHED / name
+        model = self.trained()
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_checkpoint(model, self.processor, unfinished)
+        return unfinished
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written here and get their place when they are whole."""
+        return str(self.output / UNFINISHED)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(cast(str, output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, read by nobody
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that appears whole or not at all.
+
+        Raises:
+            InputError: it cannot be written, a full disk for example; the last good one stays.
+            FloatingPointError: see `check_losses` and `check_weights`.
+        """
+        self.check_losses()
+        self.check_weights()
+        name = f"checkpoint-{self.state.global_step}"
+        unfinished = self.output / UNFINISHED / name
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.average is not None:
+                    save_file(self.average.module.state_dict(), unfinished / AVERAGE)
+                publish(unfinished, self.output / name)
+                rotate_checkpoints(str(self.output), self.recipe.keep)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            raise InputError(
+                f"{self.output / name}: the checkpoint cannot be written ({reason}); the ones before it are whole"
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.module.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.n_averaged.fill_(self.state.global_step)

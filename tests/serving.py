@@ -1,0 +1,98 @@
+"""A real `hpetr serve` process on a free port."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+SECONDS = 60.0  # until a process is given up
+
+
+class ServerProcess:
+    """Starts on entry and waits until it answers; is killed at the end if it still runs.
+
+    Attributes:
+        url: http://127.0.0.1:PORT.
+    """
+
+    def __init__(self, *options: Any) -> None:
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hpetr.cli", "serve", "--port", "0", *map(str, options)],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.url, self.port = "", 0
+
+    def __enter__(self) -> ServerProcess:
+        self.wait_for(lambda: re.search(r"http://127.0.0.1:(\d+) ", self.output()))
+        found = re.search(r"http://127.0.0.1:(\d+) ", self.output())
+        assert found is not None
+        self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+    def output(self) -> str:
+        """What it wrote so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def wait_for(self, true: Callable[[], object]) -> None:
+        """Until something is true; fails when the process ends or it takes too long."""
+        end = time.monotonic() + SECONDS
+        while not true():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.02)
+
+    def post(
+        self, body: bytes | Iterable[bytes], headers: dict[str, str] | None = None, query: str = ""
+    ) -> tuple[int, Any, Any]:
+        """Status, headers and JSON of POST /v1/predict."""
+        return self._ask("POST", f"/v1/predict{query}", body, headers)
+
+    def get(self, path: str) -> tuple[int, Any, Any]:
+        """Status, headers and JSON or bytes of a page."""
+        return self._ask("GET", path)
+
+    def begin_upload(self, length: int = 1000) -> socket.socket:
+        """A request for poses whose body is still to come."""
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode())
+        return connection
+
+    def accepts(self) -> bool:
+        """Whether new connections are taken."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def _ask(
+        self, method: str, path: str, body: bytes | Iterable[bytes] | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        try:
+            connection.request(method, path, body, headers or {}, encode_chunked=not isinstance(body, bytes | None))
+            answer = connection.getresponse()
+            data = answer.read()
+        finally:
+            connection.close()
+        is_json = answer.headers.get_content_type() == "application/json"
+        return answer.status, answer.headers, json.loads(data) if is_json else data
