@@ -53,39 +53,19 @@ def log_lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "step_seconds"} for line in lines if "train_runtime" not in line]
 
 
-def test_killed_twenty_times_it_ends_as_if_nothing_had_happened(starter, tmp_path: Path) -> None:
-    """kill -9 at random moments, many of them while a checkpoint is being written: same losses, AP and weights."""
-    settings = ["train.epochs=10", "train.ema=0.9", "train.eval_every=8", f"data.val.annotations={TINY}"]
-    started = time.monotonic()
-    whole = tmp_path / "whole"
-    process = starter.Process(target=train_in_silence, args=(whole, settings))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "whole.txt").read_text()
-    duration = time.monotonic() - started
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    return max((checkpoint_step(path) for path in folder.glob("checkpoint-*")), default=0)
 
-    killed = tmp_path / "killed"
-    rng, steps, kills = random.Random(0), set(), 0
-    while kills < KILLS:
-        process = starter.Process(target=train_in_silence, args=(killed, settings))
-        process.start()
-        process.join(rng.uniform(0, 0.2 * duration))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "killed.txt").read_text()
-        if checkpoints := list(killed.glob("checkpoint-*")):
-            newest = max(checkpoints, key=checkpoint_step)
-            load_file(newest / "model.safetensors")
-            torch.load(newest / "optimizer.pt", weights_only=True)
-            steps.add(checkpoint_step(newest))
-    process = starter.Process(target=train_in_silence, args=(killed, settings))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "killed.txt").read_text()
-    assert len(steps) > 3, f"the kills came too early: only after steps {steps}"
 
+def run_until(process: multiprocessing.process.BaseProcess, folder: Path, step: int) -> None:
+    """Wait until the run has published the checkpoint of `step`, or has ended."""
+    while process.is_alive() and newest_step(folder) < step:
+        time.sleep(0.001)
+
+
+def same_end(killed: Path, whole: Path) -> None:
+    """Same losses, AP and weights, to the last bit; nothing unfinished left."""
     assert log_lines(killed) == log_lines(whole)
     for name in ("model.safetensors", "best/model.safetensors", "checkpoint-20/average.safetensors"):
         expected, got = load_file(whole / name), load_file(killed / name)
@@ -93,6 +73,48 @@ def test_killed_twenty_times_it_ends_as_if_nothing_had_happened(starter, tmp_pat
         for key, tensor in expected.items():
             assert torch.equal(tensor, got[key]), (name, key)
     assert not list(killed.glob(".*"))
+
+
+def test_killed_twenty_times_it_ends_as_if_nothing_had_happened(starter, tmp_path: Path) -> None:
+    """kill -9 at random moments: while it starts, within steps, and while checkpoints are being written."""
+    settings = ["train.epochs=10", "train.ema=0.9", "train.eval_every=8", f"data.val.annotations={TINY}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = starter.Process(target=train_in_silence, args=(whole, settings))
+    process.start()
+    started = time.monotonic()
+    run_until(process, whole, 1)
+    to_first = time.monotonic() - started
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "whole.txt").read_text()
+    per_step = (time.monotonic() - started - to_first) / 19  # evaluations and the report included
+
+    rng, steps, kills = random.Random(0), set(), 0
+    while kills < KILLS:
+        process = starter.Process(target=train_in_silence, args=(killed, settings))
+        process.start()
+        if rng.random() < 0.25:
+            process.join(rng.uniform(0, to_first))
+        else:  # progress is waited for, not timed: other work may slow the machine down at any moment
+            run_until(process, killed, newest_step(killed) + 1)
+            process.join(rng.uniform(0, per_step))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "killed.txt").read_text()
+        if newest := newest_step(killed):
+            load_file(killed / f"checkpoint-{newest}" / "model.safetensors")
+            torch.load(killed / f"checkpoint-{newest}" / "optimizer.pt", weights_only=True)
+            steps.add(newest)
+        if process.exitcode == 0:  # at its end before the last kill: once more from the start
+            same_end(killed, whole)
+            shutil.rmtree(killed)
+    process = starter.Process(target=train_in_silence, args=(killed, settings))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "killed.txt").read_text()
+    same_end(killed, whole)
+    assert len(steps) > 3, f"killed only after steps {steps}"
 
 
 def train_until_the_disk_is_full(output: Path) -> None:
