@@ -38,7 +38,13 @@ class Neck(nn.Module):
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             first_extra = level == self.num_backbone_levels
             source = maps[level] if level < self.num_backbone_levels else maps[-1] if first_extra else outputs[-1]
-            outputs.append(norm(conv(source)))
+            if level >= self.num_backbone_levels and source.shape[-2:] == (1, 1):
+                # The same numbers. oneDNN's bfloat16 gradient of a strided, padded convolution on one pixel reads memory
+                # that nobody wrote (torch 2.13, a CPU with AVX512-BF16: NaN in 22 of 40 tries).
+                convolved = F.conv2d(F.pad(source, (1, 1, 1, 1)), cast("Tensor", conv.weight), stride=2)
+            else:
+                convolved = conv(source)
+            outputs.append(norm(convolved))
         return outputs
 
 
