@@ -39,7 +39,7 @@ class Neck(nn.Module):
             first_extra = level == self.num_backbone_levels
             source = maps[level] if level < self.num_backbone_levels else maps[-1] if first_extra else outputs[-1]
             if level >= self.num_backbone_levels and source.shape[-2:] == (1, 1):
-                # The same numbers. oneDNN's bfloat16 gradient of a strided, padded convolution on one pixel reads memory
+                # The same numbers. The bfloat16 gradient of a strided, padded convolution on one pixel reads memory
                 # that nobody wrote (torch 2.13, a CPU with AVX512-BF16: NaN in 22 of 40 tries).
                 convolved = F.conv2d(F.pad(source, (1, 1, 1, 1)), cast("Tensor", conv.weight), stride=2)
             else:
