@@ -84,6 +84,17 @@ def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: i
     return conv_class(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
+def _cells_together(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, 4 C, H / 2, W / 2): the channels of each 2x2 cells after one another, row by row.
+
+    Of a channels-last map this copies long runs: 2 ms where F.pixel_unshuffle, with the same channels in another order,
+    takes 22 ms (690 channels of 72 x 96 cells, one core).
+    """
+    batch, channels, height, width = x.shape
+    cells = x.permute(0, 2, 3, 1).reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+    return cells.reshape(batch, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)
+
+
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3, project 1x1, with a residual where the shapes allow it."""
 
@@ -199,7 +210,9 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
     ) -> BackboneOutput:
         """The maps of `config.out_features`; the other arguments are transformers' and have no effect here."""
         height, width = pixel_values.shape[-2:]
-        pixels = F.pad(pixel_values, (0, -width % 32, 0, -height % 32))
+        pixels = pixel_values
+        if height % 32 or width % 32:
+            pixels = F.pad(pixels, (0, -width % 32, 0, -height % 32))
         maps = self._trunk(pixels.contiguous(memory_format=torch.channels_last))
         if self.pyramid is not None:
             maps |= self.pyramid(maps)
@@ -209,7 +222,7 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             scaled = [output * HEADS[name][1] for name, (_, output) in pairs.items()]
             maps["heads4"] = torch.cat([finest, *(hidden for hidden, _ in pairs.values()), *scaled], 1)
             if "heads8" in self.config.out_features:
-                maps["heads8"] = F.pixel_unshuffle(maps["heads4"], 2)
+                maps["heads8"] = _cells_together(maps["heads4"])
         cut = [
             maps[name][..., : -(-height // MAPS[name][0]), : -(-width // MAPS[name][0])] for name in self.out_features
         ]
