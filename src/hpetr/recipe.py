@@ -90,6 +90,7 @@ class AugmentRecipe(Strict):
     rotation: float = Field(default=0.0, ge=0, le=180, description="degrees, either way")
     shear: float = Field(default=0.0, ge=0, lt=90, description="degrees, either way, along x and along y")
     photometric: bool = False
+    mosaic: float = Field(default=0.0, ge=0, le=1, description="share of the turns that show four pictures in one")
 
 
 class ProcessorRecipe(Strict):
@@ -123,7 +124,7 @@ class TrainRecipe(Strict):
         description="pictures that go through the network together in a process; gradients accumulate up to the total",
     )
     lr: float = Field(default=2e-4, gt=0)
-    backbone_lr_factor: float = Field(default=0.1, ge=0)
+    backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone stays as it is, and costs less")
     offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
     weight_decay: float = Field(default=1e-4, ge=0)
     clip: float = Field(default=0.1, gt=0, description="norm that gradients are clipped to")

@@ -19,10 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from hpetr import processes
+from hpetr.card import is_own_text
 from hpetr.checkpoint import load_checkpoint
 from hpetr.data.check import shared_pictures
 from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError
+from hpetr.hub import CARD
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.pretrained import copy_weights, load_backbone_weights
@@ -31,7 +33,7 @@ from hpetr.report import draw_samples, write_report
 from hpetr.results import check_writable
 from hpetr.skeleton import Skeleton
 from hpetr.training.callbacks import Console, RunCallback
-from hpetr.training.data import TrainingSet, build_transform, open_data
+from hpetr.training.data import TrainingSet, build_transform, mean_colour, open_data
 from hpetr.training.run import (
     check_same_run,
     checkpoint_to_resume,
@@ -93,6 +95,8 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
     model = build_model(recipe, skeleton, data.datasets[0].class_names, checkpoint, say)
     if arguments.should_save:
         check_writable(recipe.output)
+    if recipe.train.backbone_lr_factor == 0:
+        model.backbone.body.requires_grad_(False)
     if recipe.train.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer releases have another name for it, the oldest that we support does not.
@@ -152,7 +156,15 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
             some = ", ".join(path.name for path in shared[:3]) + (", ..." if len(shared) > 3 else "")
             say(f"warning: {len(shared)} of {len(val)} pictures of val are in train too: {some}; its AP will flatter")
     transform = build_transform(recipe.augment, recipe.processor, skeleton)
-    return TrainingSet(datasets, recipe.data.train, transform, recipe.train.seed), val, skeleton
+    data = TrainingSet(
+        datasets,
+        recipe.data.train,
+        transform,
+        recipe.train.seed,
+        mosaics=recipe.augment.mosaic,
+        fill=mean_colour(recipe.processor),
+    )
+    return data, val, skeleton
 
 
 def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
@@ -283,7 +295,8 @@ def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
     model = trainer.trained()
     if trainer.args.should_save:
         for path in sorted(final.iterdir()):
-            path.replace(recipe.output / path.name)
+            if path.name != CARD or not is_own_text(recipe.output):
+                path.replace(recipe.output / path.name)
         clear_unfinished(recipe.output)
         source = trainer.val or trainer.data.datasets[0]
         samples = draw_samples(model, trainer.processor, source, REPORT_PICTURES)

@@ -19,6 +19,7 @@ from hpetr.data import (
     RandomResize,
     Sample,
 )
+from hpetr.data.augment import mosaic
 
 FLIP_INDEX = [0, 2, 1, 4, 3]  # K = 5
 FIELDS = ("image", "keypoints", "boxes", "areas", "class_labels", "ignore_boxes")
@@ -314,3 +315,22 @@ def test_evaluation_resize_is_the_processors():
     values = processor(sample.image, return_tensors="np")["pixel_values"][0]  # (3, H, W)
     assert resized.image.shape[:2] == values.shape[1:]
     np.testing.assert_array_equal(np.rint(values.transpose(1, 2, 0) * 255), resized.image)
+
+
+def test_mosaic_shows_four_pictures_with_their_people_in_place():
+    """Dots come out where their keypoints say; areas scale with the square; nobody leaves their quarter."""
+    sizes, dots = [(120, 160), (200, 100), (80, 80), (150, 170)], [(30, 40), (60, 150), (40.5, 40.5), (100, 20)]
+    samples = [sample_with_a_dot(*dot, *size) for dot, size in zip(dots, sizes, strict=True)]
+    result = mosaic(samples, fill=(0, 0, 0))
+    side = round(np.mean([160, 200, 80, 170]))
+    assert result.image.shape == (2 * side, 2 * side, 3)
+    assert len(result.keypoints) == len(result.boxes) == len(result.areas) == len(result.class_labels) == 4
+    assert len(result.ignore_boxes) == 4
+    for place, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
+        left, top = place % 2 * side, place // 2 * side
+        x, y = result.keypoints[place, 1, :2]
+        np.testing.assert_allclose(
+            centroid(result.image[top : top + side, left : left + side]), (x - left, y - top), atol=0.5
+        )
+        np.testing.assert_allclose(result.areas[place], sample.areas[0] * (side / max(size)) ** 2, rtol=0.03)
+        assert (result.keypoints[place, [0, 2, 3, 4]] == 0).all()

@@ -17,6 +17,7 @@ from hpetr.data.augment import (
     RandomHorizontalFlip,
     RandomResize,
     Transform,
+    mosaic,
 )
 from hpetr.data.dataset import PoseDataset, open_dataset
 from hpetr.data.sample import Sample
@@ -51,10 +52,25 @@ class TrainingSet(Dataset[Sample]):
 
     The random numbers of a picture follow from seed, epoch and place alone, so neither the number of workers and
     processes nor a restart changes what the network sees.
+
+    Args:
+        datasets, sources: the pictures, and what the recipe says of each data set.
+        transform: the augmentation of a picture.
+        mosaics: share of the turns in which a picture shares its place with three others.
+        fill: RGB in 0..255 between the pictures of a mosaic.
     """
 
-    def __init__(self, datasets: list[PoseDataset], sources: list[DataSource], transform: Transform, seed: int):
+    def __init__(
+        self,
+        datasets: list[PoseDataset],
+        sources: list[DataSource],
+        transform: Transform,
+        seed: int,
+        mosaics: float = 0.0,
+        fill: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ):
         self.datasets, self.transform, self.seed = datasets, transform, seed
+        self.mosaics, self.fill = mosaics, fill
         self.places: list[tuple[int, int]] = []  # data set and picture
         for number, (data, source) in enumerate(zip(datasets, sources, strict=True)):
             chosen = np.flatnonzero(data.has_people) if source.only_with_people else range(len(data))
@@ -64,9 +80,12 @@ class TrainingSet(Dataset[Sample]):
         return len(self.places)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        dataset, index = self.places[draw.place]
         rng = np.random.default_rng([self.seed, draw.epoch, draw.place])
-        return self.transform(self.datasets[dataset][index], rng)
+        places = [draw.place]
+        if self.mosaics and rng.random() < self.mosaics:
+            places += rng.integers(len(self), size=3).tolist()
+        samples = [self.datasets[dataset][index] for dataset, index in (self.places[place] for place in places)]
+        return self.transform(samples[0] if len(samples) == 1 else mosaic(samples, self.fill), rng)
 
     def shapes(self) -> np.ndarray:
         """(N,) width / height of every picture."""
@@ -112,14 +131,20 @@ class EpochSampler(Sampler[Draw]):
         return (Draw(self.epoch, int(place)) for place in order)
 
 
+def mean_colour(processor: ProcessorRecipe) -> tuple[float, float, float]:
+    """RGB in 0..255 that normalises to 0."""
+    red, green, blue = (255 * mean for mean in processor.image_mean)
+    return red, green, blue
+
+
 def build_transform(recipe: AugmentRecipe, processor: ProcessorRecipe, skeleton: Skeleton) -> Transform:
     """The published order: colours, rotation and shear, flip, then one of plain resize and crop with resize."""
     steps: list[Transform] = []
     if recipe.photometric:
         steps.append(PhotometricDistortion())
     if recipe.rotation or recipe.shear:
-        red, green, blue = (255 * mean for mean in processor.image_mean)
-        steps.append(RandomAffine(rotation=recipe.rotation, shear=recipe.shear, fill=(red, green, blue)))
+        fill = mean_colour(processor)
+        steps.append(RandomAffine(rotation=recipe.rotation, shear=recipe.shear, fill=fill))
     if recipe.flip:
         steps.append(RandomHorizontalFlip(recipe.flip, skeleton.flip_index))
     sides = recipe.short_sides
