@@ -16,14 +16,18 @@ from transformers.utils import logging as transformers_logging
 
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.hub import download, is_hub_place
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 
 if TYPE_CHECKING:
     import os
 
+    from hpetr.card import Evaluation
+
 BUNDLED = "h-petr-nano"
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+HUB_FILES = (CONFIG, PROCESSOR, "model*.safetensors", f"{WEIGHTS}.index.json")
 
 
 def bundled_checkpoint() -> Path:
@@ -32,11 +36,17 @@ def bundled_checkpoint() -> Path:
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
-    """The folder meant: the one given, or the bundled one for None and for its name.
+    """The folder meant: the one given, the bundled one for None and for its name, or of `hf://OWNER/NAME`, with
+    `@REVISION` or without, the hub's cache, filled from the hub where it has to be.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or the hub gives none.
     """
+    if is_hub_place(checkpoint):
+        try:
+            return download(str(checkpoint), HUB_FILES)
+        except InputError as error:
+            raise InputError(f"{checkpoint}: {error}") from error
     if checkpoint is None or (str(checkpoint) == BUNDLED and not Path(BUNDLED).exists()):
         folder = bundled_checkpoint()
     else:
@@ -165,13 +175,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def save_checkpoint(
-    model: HPetrForPoseEstimation, processor: HPetrImageProcessor, folder: Path, *, half: bool = False
+    model: HPetrForPoseEstimation,
+    processor: HPetrImageProcessor,
+    folder: Path,
+    *,
+    half: bool = False,
+    evaluation: Evaluation | None = None,
+    name: str | None = None,
 ) -> None:
     """Write model and processor as a new checkpoint folder, which appears whole or not at all.
 
     Args:
         half: store matrices and convolutions as float16. Vectors stay float32: running variances can pass
             65,504. `load_checkpoint` and `from_pretrained` give a float32 model all the same.
+        evaluation: figures of these weights for the model card.
+        name: of the model in its card; None takes the folder's.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
@@ -186,7 +204,7 @@ def save_checkpoint(
                 state = model.state_dict()
                 if half:
                     state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
-                model.save_pretrained(unfinished, state_dict=state)
+                model.save_pretrained(unfinished, state_dict=state, evaluation=evaluation, name=name)
             processor.save_pretrained(unfinished)
             if folder.exists():
                 folder.rmdir()

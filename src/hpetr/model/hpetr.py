@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +34,11 @@ from hpetr.model.losses import (
     start_matching,
 )
 from hpetr.model.matching import Targets, check_labels, make_targets
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from hpetr.card import Evaluation
 
 CLASS_PRIOR, HEATMAP_PRIOR = 0.01, 0.1
 
@@ -111,6 +120,63 @@ class HPetrForPoseEstimation(PreTrainedModel):
         elif isinstance(module, HPetrForPoseEstimation):
             init.normal_(module.heatmap_head.weight, std=0.01)
             init.constant_(module.heatmap_head.bias, math.log(HEATMAP_PRIOR / (1 - HEATMAP_PRIOR)))
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        evaluation: Evaluation | None = None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        """transformers' `save_pretrained`, which writes config.json and model.safetensors, with a model card README.md.
+
+        Args:
+            save_directory: made where it is not there. A README.md that was not written by hpetr stays.
+            push_to_hub: upload the folder, as a whole, to `repo_id`; None takes the folder's name.
+            evaluation: figures of these weights for the card.
+            name: of the model in the card; None takes the folder's.
+            tags: more of them for the card.
+            kwargs: see transformers.
+        """
+        from hpetr import card, hub
+
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **kwargs)
+        if kwargs.get("is_main_process", True) and not card.is_own_text(folder):
+            title = name or folder.resolve().name
+            card.write_card(folder, card.model_card(self.config, title, self.num_parameters(), evaluation, tags))
+        if push_to_hub:
+            hub.upload(folder, repo_id or folder.resolve().name, token=kwargs.get("token"))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        evaluation: Evaluation | None = None,
+        tags: Sequence[str] = (),
+        max_shard_size: int | str = "50GB",
+        **options: Any,
+    ) -> CommitInfo:
+        """Upload the model with its card to the Hugging Face hub; a card that the repository has already is kept.
+
+        `hpetr predict` needs the processor too: push it to the same repository, or `hf upload` a checkpoint's folder.
+
+        Args:
+            repo_id: `OWNER/NAME`; the repository is made where there is none.
+            evaluation, tags: see `save_pretrained`.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+        """
+        from hpetr.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, max_shard_size=max_shard_size, evaluation=evaluation, name=repo_id, tags=tags or ()
+            )
+            return upload(folder, repo_id, **options)
 
     @staticmethod
     def padding(pixel_mask: Tensor | None) -> Tensor | None:
@@ -195,7 +261,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
         scores = predictions.logits[-1].sigmoid()  # (B, N, C)
         classes = scores.shape[-1]
         flat = scores.flatten(1)
-        best, index = flat.topk(min(self.config.num_poses, flat.shape[1]), dim=1)  # (B, T)
+        best, index = flat.topk(torch.sym_min(self.config.num_poses, flat.shape[1]), dim=1)  # (B, T)
         query = torch.div(index, classes, rounding_mode="floor")[..., None, None]
         chosen = predictions.keypoints[-1].gather(1, query.expand(-1, -1, *predictions.keypoints.shape[-2:]))
         return best, self.joint_decoder(memory, grid, chosen)[-1], index % classes

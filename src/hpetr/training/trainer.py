@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from hpetr.card import Evaluation, data_name
 from hpetr.checkpoint import save_checkpoint
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset
@@ -28,7 +29,7 @@ from hpetr.predict import default_batch_size
 from hpetr.recipe import TrainRecipe
 from hpetr.training.data import EpochSampler, TrainingSet
 from hpetr.training.optimizer import parameter_groups, schedule_factor
-from hpetr.training.run import UNFINISHED, publish
+from hpetr.training.run import EVAL_PREFIX, UNFINISHED, publish
 
 AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensors in a checkpoint
 BEST = "best"
@@ -189,8 +190,18 @@ class PoseTrainer(Trainer):
     @property
     def is_evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated, also before an interruption."""
+        return self.evaluation() is not None
+
+    def evaluation(self) -> Evaluation | None:
+        """The figures of the model as it is now, where it has been evaluated."""
         step = self.state.global_step
-        return any(entry["step"] == step and "eval_AP" in entry for entry in self.state.log_history)
+        logged = [e for e in self.state.log_history if e["step"] == step and f"{EVAL_PREFIX}AP" in e]
+        if self.val is None or not logged:
+            return None
+        names = {
+            key.removeprefix(EVAL_PREFIX): value for key, value in logged[-1].items() if key.startswith(EVAL_PREFIX)
+        }
+        return Evaluation(data_name(self.val.path), len(self.val), names)
 
     def write_trained(self, name: str) -> Path:
         """Write the trained model and the processor as a checkpoint folder, not yet in its place; returns it."""
@@ -198,7 +209,9 @@ class PoseTrainer(Trainer):
         model = self.trained()
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
-            save_checkpoint(model, self.processor, unfinished)
+            save_checkpoint(
+                model, self.processor, unfinished, evaluation=self.evaluation(), name=self.output.resolve().name
+            )
         return unfinished
 
     def _get_output_dir(self, trial: Any) -> str:
