@@ -122,8 +122,8 @@ def _download(place: str) -> Path:
         return download(place, HUB_FILES)
     except InputError as error:
         raise InputError(
-            f"backbone weights {place}: no such folder or file here, and {error} and set model.backbone_weights to that "
-            "folder"
+            f"backbone weights {place}: no such folder or file here, and {error} and set model.backbone_weights to "
+            "that folder"
         ) from error
 
 
