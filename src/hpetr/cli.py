@@ -118,6 +118,13 @@ def predict(
             "--json", help="Where the results go. Default: OUTPUT/predictions.json, of videos OUTPUT/predictions.jsonl."
         ),
     ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="Pictures: coco, coco-labels, yolo, labelme, csv; may be given several times. Default: coco.",
+        ),
+    ] = None,
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Write pictures with the poses drawn.")] = True,
     track: Annotated[bool, typer.Option("--track", help="Videos: give every person a number that stays.")] = False,
     smooth: Annotated[
@@ -141,8 +148,11 @@ def predict(
         raise InputError("--json names one file, and there are pictures and videos: expected --output instead")
     if (track or smooth or live is not None) and not videos:
         raise InputError("--track, --smooth and --live are for videos, and there is none")
+    if formats and videos:
+        raise InputError("--format is for pictures, and there are videos: their results are JSON lines")
+    chosen = list(dict.fromkeys(formats or ["coco"]))
     if pictures:
-        check_outputs(pictures, output, json_file, draw)
+        check_outputs(pictures, output, json_file, draw, chosen)
     if videos:
         from hpetr.video.run import check_video_outputs
 
@@ -151,7 +161,7 @@ def predict(
 
     predictor = PosePredictor(checkpoint, device, threshold)
     if pictures:
-        _predict_pictures(predictor, pictures, output, json_file, draw, batch_size)
+        _predict_pictures(predictor, pictures, output, json_file, draw, batch_size, chosen)
     if videos:
         from hpetr.cli_video import predict_and_report
         from hpetr.video.run import VideoOptions
@@ -167,16 +177,18 @@ def _predict_pictures(
     json_file: Path | None,
     draw: bool,
     batch_size: int | None,
+    formats: list[str],
 ) -> None:
     from hpetr.picture_files import predict_files
 
     with _progress("Predicting", len(pictures)) as advance:
-        run = predict_files(predictor, pictures, output, json_file, draw, batch_size, advance)
+        run = predict_files(predictor, pictures, output, json_file, draw, batch_size, advance, formats)
     read = run.pictures - len(run.unreadable)
     typer.echo(f"{_count(run.people, 'person', 'people')} in {_count(read, 'picture', 'pictures')}")
     if draw:
         typer.echo(f"drawings: {output}")
-    typer.echo(f"results: {run.results}")
+    for written in run.written:
+        typer.echo(f"results: {written}")
     if run.unreadable:
         for _, reason in run.unreadable:
             typer.echo(f"warning: {reason}", err=True)

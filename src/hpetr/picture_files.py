@@ -5,9 +5,8 @@ from __future__ import annotations
 import glob
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,12 +14,10 @@ from PIL import Image
 from hpetr.data.images import load_image
 from hpetr.errors import InputError
 from hpetr.predict import PosePredictor
-from hpetr.results import PoseResult, check_writable, write_bytes, write_json
-from hpetr.skeleton import Skeleton
+from hpetr.results import PoseResult, check_writable, write_bytes
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
-RESULTS_NAME = "predictions.json"
 
 
 def find_pictures(inputs: Sequence[str]) -> list[Path]:
@@ -69,6 +66,11 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     return names
 
 
+def unique_stems(pictures: Sequence[Path]) -> list[str]:
+    """A stem for a file beside each picture, as `output_names` makes names: also of a.jpg and a.png two."""
+    return [Path(name).stem for name in output_names([picture.with_suffix(".png") for picture in pictures])]
+
+
 @dataclass
 class PredictionRun:
     """What became of the pictures.
@@ -77,13 +79,13 @@ class PredictionRun:
         pictures: how many were given.
         people: poses found in all of them.
         unreadable: pictures that could not be read, and why.
-        results: the JSON with all poses.
+        written: the file or folder of each format with all poses.
     """
 
     pictures: int
-    results: Path
     people: int = 0
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
 
 
 def predict_files(
@@ -94,53 +96,44 @@ def predict_files(
     draw: bool = True,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
+    formats: Sequence[str] = ("coco",),
 ) -> PredictionRun:
-    """Predict every picture, write the drawings and one JSON; a picture that cannot be read does not stop the rest.
-
-    The JSON is a COCO keypoint file: `images`, `categories`, and `annotations` whose keypoints are x, y, score and
-    that have a `score`; `unreadable` lists the pictures that are not in it.
+    """Predict every picture, write the drawings and the results; a picture that cannot be read does not stop the rest.
 
     Args:
         pictures: see `find_pictures`.
-        output: folder for the drawings, named by `output_names`.
-        results: the JSON; None puts `predictions.json` into `output`.
+        output: folder for the drawings, named by `output_names`, and the results, named by `hpetr.formats.FORMATS`.
+        results: another place for the results in `coco`.
         draw: write drawings.
         batch_size: see `PosePredictor`.
         progress: called with the number of pictures after each batch.
+        formats: of the results, see `hpetr.formats`.
 
     Raises:
         InputError: no picture at all can be read, or an output cannot be written.
     """
-    run = PredictionRun(len(pictures), output / RESULTS_NAME if results is None else results)
+    from hpetr.formats import write_format  # that module imports this one
+
+    run = PredictionRun(len(pictures))
     names = dict(zip(pictures, output_names(pictures), strict=True))
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    found: list[PoseResult] = []
     size = predictor.default_batch_size if batch_size is None else batch_size
     for start in range(0, len(pictures), size):
         batch = pictures[start : start + size]
         for path, picture, result in _predict_readable(predictor, batch, size, run):
-            image_id = len(images) + 1
-            height, width = result.image_size
-            images.append({"id": image_id, "file_name": str(path), "height": height, "width": width})
-            annotations += _annotations(result, image_id, len(annotations))
+            found.append(replace(result, path=path))
             if draw:
                 name = names[path]
                 write_bytes(output / name, encode_picture(result.draw(picture), Path(name).suffix))
         if progress is not None:
             progress(len(batch))
-    if not images:
+    if not found:
         more = f" (and none of the other {len(pictures) - 1} pictures)" if len(pictures) > 1 else ""
         raise InputError(f"{run.unreadable[0][1]}{more}")
-    run.people = len(annotations)
-    write_json(
-        run.results,
-        {
-            "images": images,
-            "annotations": annotations,
-            "categories": _categories(predictor),
-            "unreadable": [{"file_name": str(path), "reason": reason} for path, reason in run.unreadable],
-        },
-    )
+    run.people = sum(len(result) for result in found)
+    for form in formats:
+        place = results if form == "coco" and results is not None else None
+        run.written.append(write_format(form, found, predictor.class_names, output, run.unreadable, place))
     return run
 
 
@@ -157,23 +150,6 @@ def _predict_readable(
     yield from zip(readable, loaded, predictor(loaded, batch_size), strict=True)
 
 
-def _annotations(result: PoseResult, image_id: int, count: int) -> list[dict[str, Any]]:
-    category_ids = range(1, int(result.labels.max(initial=0)) + 2)
-    return [
-        {"id": count + number, "area": pose["bbox"][2] * pose["bbox"][3], "iscrowd": 0, **pose}
-        for number, pose in enumerate(result.to_coco(image_id, category_ids), start=1)
-    ]
-
-
-def _categories(predictor: PosePredictor) -> list[dict[str, Any]]:
-    skeleton = Skeleton.from_dict(predictor.model.config.skeleton)
-    edges = [[first + 1, second + 1] for first, second in skeleton.edges]  # COCO counts from 1
-    return [
-        {"id": number, "name": name, "keypoints": list(skeleton.names), "skeleton": edges}
-        for number, name in enumerate(predictor.class_names, start=1)
-    ]
-
-
 def encode_picture(picture: np.ndarray, suffix: str) -> bytes:
     """(H, W, 3) uint8 RGB as the bytes of a JPEG or, for any other suffix, a PNG."""
     buffer = io.BytesIO()
@@ -184,13 +160,20 @@ def encode_picture(picture: np.ndarray, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def check_outputs(pictures: Sequence[Path], output: Path, results: Path | None, draw: bool) -> None:
+def check_outputs(
+    pictures: Sequence[Path], output: Path, results: Path | None, draw: bool, formats: Sequence[str] = ("coco",)
+) -> None:
     """Prove before any work that the outputs can be written and that no input is among them.
 
     Raises:
-        InputError: a folder cannot be written, or a drawing would replace one of the pictures.
+        InputError: a folder cannot be written, a drawing would replace one of the pictures, or see `check_formats`.
     """
-    if draw or results is None:
+    from hpetr.formats import check_formats  # that module imports this one
+
+    check_formats(formats, pictures, output)
+    if results is not None and "coco" not in formats:
+        raise InputError(f"--json {results}: is for the results in coco, expected --format coco among the others")
+    if draw or results is None or len(formats) > 1:
         check_writable(output)
     if results is not None:
         check_writable(results.parent)

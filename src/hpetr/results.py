@@ -13,7 +13,7 @@ import numpy as np
 
 from hpetr.data.images import ImageSource, load_image
 from hpetr.errors import InputError
-from hpetr.skeleton import Skeleton
+from hpetr.skeleton import COCO, Skeleton
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -55,6 +55,53 @@ class PoseResult:
             class_id=self.labels.astype(int),
             keypoint_confidence=self.keypoint_scores.astype(np.float32),
             detection_confidence=self.scores.astype(np.float32),
+        )
+
+    @classmethod
+    def from_supervision(
+        cls,
+        key_points: sv.KeyPoints,
+        image_size: tuple[int, int],
+        skeleton: Skeleton | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> PoseResult:
+        """Poses of another library, or ones that supervision filtered, as a result; the inverse of `to_supervision`.
+
+        Args:
+            key_points: n poses of K keypoints. Without confidences every score is 1; a keypoint that is not `visible`
+                gets score 0; without classes every label is 0.
+            image_size: (height, width) of the picture.
+            skeleton: of the K keypoints; None takes COCO's for K = 17 and a generic one otherwise.
+            path: of the picture, for `draw` and the formats.
+
+        Raises:
+            InputError: the skeleton has another K.
+        """
+        count, joints = key_points.xy.shape[:2]
+        if skeleton is None:
+            skeleton = COCO if joints == COCO.num_keypoints else Skeleton.generic(max(joints, 1))
+        if count and skeleton.num_keypoints != joints:
+            raise InputError(f"key points: {joints} a pose, expected the skeleton's {skeleton.num_keypoints}")
+        keypoints = np.asarray(key_points.xy, dtype=np.float32).reshape(count, skeleton.num_keypoints, 2)
+        keypoint_scores = _or_ones(key_points.keypoint_confidence, keypoints.shape[:2])
+        scores = _or_ones(key_points.detection_confidence, (count,))
+        if key_points.visible is not None:
+            keypoint_scores = np.where(key_points.visible, keypoint_scores, np.float32(0))
+        labels = np.zeros(count) if key_points.class_id is None else key_points.class_id
+        # The box of what is known: supervision puts missing keypoints at 0, 0.
+        known = (keypoint_scores > 0) | ~(keypoint_scores > 0).any(axis=1, keepdims=True)
+        low = np.where(known[..., None], keypoints, np.float32(np.inf)).min(axis=1)
+        high = np.where(known[..., None], keypoints, np.float32(-np.inf)).max(axis=1)
+        order = np.argsort(-scores, kind="stable")
+        return cls(
+            keypoints=keypoints[order],
+            keypoint_scores=keypoint_scores[order],
+            scores=scores[order],
+            boxes=np.concatenate([low, high], axis=1)[order],
+            labels=np.asarray(labels, dtype=np.int64)[order],
+            skeleton=skeleton,
+            image_size=image_size,
+            path=None if path is None else Path(path),
         )
 
     def to_coco(self, image_id: int, category_id: int | Sequence[int] = 1) -> list[dict[str, Any]]:
@@ -110,6 +157,10 @@ class PoseResult:
                 f"{self.image_size}"
             )
         return draw_poses(picture, self, keypoint_threshold)
+
+
+def _or_ones(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ones(shape, np.float32) if values is None else np.asarray(values, dtype=np.float32).reshape(shape)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
