@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from clips import HEIGHT, WIDTH, make_clip, read_number
 from hpetr import InputError
+from hpetr.video import source as sources
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.naming import output_stem, public_name, split_inputs
-from hpetr.video.source import Frame, Source
+from hpetr.video.source import Frame, Source, open_source
 
 
 class Counting(Source):
@@ -97,3 +101,67 @@ def test_names_of_outputs() -> None:
     assert output_stem("rtsp://u:p@10.0.0.7:554/hall/cam%201?x=1", []) == "cam-201"
     assert output_stem("udp://239.0.0.1:1234", []) == "239.0.0.1"
     assert public_name("rtsp://u:p@10.0.0.7/a@b") == "rtsp://10.0.0.7/a@b"
+
+
+def test_camera_gives_its_frames_in_rgb_with_the_clocks_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A camera that is unplugged after ten frames; OpenCV plays a file, as a machine that runs tests has no camera."""
+    clip, opened = make_clip(tmp_path / "clip.mp4", range(10)), []
+    play = cv2.VideoCapture
+
+    def capture(number: int) -> cv2.VideoCapture:
+        opened.append(number)
+        return play(str(clip))
+
+    monkeypatch.setattr(cv2, "VideoCapture", capture)
+    camera = open_source("1")
+    assert (opened, camera.name, camera.live, camera.rate) == ([1], "camera 1", True, 25)
+    frames = list(camera.frames())
+    camera.close()
+    assert [frame.index for frame in frames] == [read_number(frame.picture) for frame in frames] == list(range(10))
+    assert {frame.picture.shape for frame in frames} == {(HEIGHT, WIDTH, 3)}
+    times = [frame.time for frame in frames]
+    assert times == sorted(times)
+    assert camera.fault == "it gives no more frames"
+
+
+def test_camera_colours_are_not_exchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    red = np.full((32, 32, 3), (0, 0, 200), np.uint8)  # as OpenCV writes pictures, BGR
+    cv2.imwrite(str(tmp_path / "red_0.png"), red)
+    play = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda number: play(str(tmp_path / "red_%d.png")))
+    camera = open_source("0")
+    assert next(camera.frames()).picture[0, 0].tolist() == [200, 0, 0]
+    camera.close()
+
+
+def test_stream_that_says_nothing_is_given_up_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "STREAM_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system takes the connection, nobody answers
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"cannot be read as a stream \(no data for 0.3 seconds\)"):
+            open_source(address)
+
+
+def test_stream_that_falls_silent_ends_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "STREAM_TIMEOUT", 3.0)  # also for opening, on a busy machine
+    data = make_clip(tmp_path / "live.ts", range(300)).read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+        def send() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(data)
+                heard.wait(60)
+
+        heard = threading.Event()
+        sender = threading.Thread(target=send)
+        sender.start()
+        stream = open_source(address)
+        frames = list(stream.frames())
+        heard.set()
+        sender.join()
+        stream.close()
+    assert [read_number(frame.picture) for frame in frames] == list(range(len(frames)))
+    assert len(frames) > 290
+    assert stream.fault == "no data for 3 seconds"

@@ -3,6 +3,11 @@
 Tracking follows ByteTrack (Zhang et al., ECCV 2022): sure detections are matched to tracks first, doubtful ones only
 continue tracks that are left. In place of box overlap stands the similarity of poses, OKS, which still tells two people
 apart whose boxes cover each other. Smoothing is the one-euro filter (Casiez, Roussel and Vogel, CHI 2012).
+
+The package `trackers` would do the tracking as well, but not beside hpetr: its 2.6.1 requires `opencv-python`, which
+writes its files over those of `opencv-python-headless`. Measured: after `pip install trackers`, `import cv2` gives
+OpenCV 5.0.0 with Qt, which fails where there is no libGL, as in most containers, while pip goes on reporting the
+headless 4.14. Its ByteTrack also gives a person no number in their first frame, and does not look at classes.
 """
 
 from __future__ import annotations

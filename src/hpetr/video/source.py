@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import av
 import cv2
 import numpy as np
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError
 from av.stream import Disposition
 
 from hpetr.errors import InputError
@@ -22,7 +22,7 @@ from hpetr.video.naming import is_camera, is_url, public_name
 # Protocols of cameras and broadcasts; http and https are live where the stream has no length.
 LIVE_PROTOCOLS = frozenset({"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt"})
 # Seconds without data after which a stream has failed, when it is opened and while it is read.
-STREAM_TIMEOUT = (10.0, 10.0)
+STREAM_TIMEOUT = 10.0
 CAMERA_TIME_BASE = Fraction(1, 90_000)
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, and the same number for primaries and transfer
 
@@ -234,4 +234,6 @@ def _open_container(text: str, name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ExitError):  # nobody but our own time limit asks FFmpeg to exit
+        return f"no data for {STREAM_TIMEOUT:g} seconds"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
