@@ -21,7 +21,7 @@ INTERRUPTED = 130
 def predict_and_report(
     predictor: PosePredictor, videos: list[str], output: Path, results: Path | None, options: VideoOptions
 ) -> None:
-    """Predict videos with a bar, say what became of each, and end with code 130 after Ctrl-C."""
+    """Predict videos with a bar, say what became of each, and end with code 130 after Ctrl-C or SIGTERM."""
     with _VideoBar() as bar:
         run = predict_videos(predictor, videos, output, results, options, bar)
     for report in run.videos:

@@ -46,7 +46,7 @@ class VideoReport:
         damaged: frames of which the decoder had to guess a part.
         expected: frames that the file announces, None where it does not.
         fault: why reading ended early, None where it did not.
-        interrupted: Ctrl-C ended it.
+        interrupted: Ctrl-C or SIGTERM ended it.
     """
 
     name: str
@@ -80,7 +80,7 @@ class VideoRun:
 
     @property
     def interrupted(self) -> bool:
-        """Ctrl-C ended it."""
+        """Ctrl-C or SIGTERM ended it."""
         return any(video.interrupted for video in self.videos)
 
 
@@ -127,8 +127,8 @@ def predict_videos(
     video), `width`, `height` and `poses`, each with `category_id`, `keypoints` (x, y, score), `bbox`, `score` and, when
     tracking, `track_id` (from 1).
 
-    On Ctrl-C, in the main thread, the frames so far are finished and both files get their names; a second one ends at
-    once. Nothing has its name before it is whole.
+    On Ctrl-C or SIGTERM, in the main thread, the frames so far are finished and both files get their names; a second
+    one ends at once. Nothing has its name before it is whole.
 
     Args:
         videos: files, cameras' numbers and URLs; see `split_inputs`.
@@ -287,24 +287,23 @@ def _select(result: PoseResult, kept: np.ndarray) -> PoseResult:
 
 
 class _Interruption:
-    """Ctrl-C as a question that is asked between batches; the second one acts as usual. Only in the main thread, and
-    not where Ctrl-C is ignored.
+    """Ctrl-C and SIGTERM as a question that is asked between batches; a second one acts as usual. Only in the main
+    thread, and not where they are ignored.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Interruption:
         if threading.current_thread() is threading.main_thread():
-            current = signal.getsignal(signal.SIGINT)
-            if callable(current):
-                self._previous = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self._restore()
 
     def is_asked(self) -> bool:
         """Whether to stop."""
@@ -312,7 +311,11 @@ class _Interruption:
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def check_video_outputs(videos: Sequence[str], output: Path, results: Path | None, draw: bool) -> None:
