@@ -254,6 +254,17 @@ def test_other_number_of_keypoints_is_refused(checkpoint: Path, tmp_path: Path) 
         evaluate(model, processor, CocoPoseDataset(tmp_path / "three.json", TINY / "images"))
 
 
+def test_keypoints_in_another_order_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    truth = json.loads((TINY / "annotations.json").read_text())
+    names = truth["categories"][0]["keypoints"]
+    names[1], names[2] = names[2], names[1]
+    (tmp_path / "swapped.json").write_text(json.dumps(truth))
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    swapped = CocoPoseDataset(tmp_path / "swapped.json", TINY / "images")
+    with pytest.raises(InputError, match=r"swapped.json: .* the model's \(keypoint 1 is 'right_eye' and 'left_eye'\)"):
+        evaluate(model, processor, swapped)
+
+
 def crowded(seed: int = 0) -> dict[str, Any]:
     """CrowdPose's form: K = 14, crowdIndex, an `area` that is not to be used, num_keypoints of visible ones alone."""
     truth = made_ground_truth(14, seed, pictures=24)

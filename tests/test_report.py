@@ -111,6 +111,14 @@ def test_short_and_broken_logs(tmp_path: Path) -> None:
     assert "Not evaluated yet." in page
     assert cell(page, "time per step") == ["not logged"]
 
+    crowdpose = {"AP": 0.5, "AP50": 0.6, "AP(easy)": 0.7, "AP(hard)": -1.0}
+    write_log(tmp_path, {"step": 5, **crowdpose, "epoch": 1.0}, {"step": 9, **crowdpose, "AP": 0.4, "epoch": 2.0})
+    page = write_report(tmp_path, recipe, data, data[0], []).read_text()
+    assert cell(page, "AP") == ["0.4000", "0.5000"]
+    assert cell(page, "AP(easy)") == ["0.7000", "0.7000"]
+    assert cell(page, "AP(hard)") == ["-", "-"]
+    assert "<th>APM</th>" not in page
+
     write_log(tmp_path, {"step": 5, "train_runtime": 10.0, "train_steps_per_second": 0.5, "epoch": 1.0})
     page = write_report(tmp_path, recipe, data, None, []).read_text()
     assert cell(page, "steps") == ["5 of 4 pictures each, 1 epochs"]

@@ -17,7 +17,7 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
 from hpetr.data.dataset import CocoPoseDataset
 from hpetr.recipe import DataSource
 from hpetr.skeleton import COCO
-from hpetr.train import train
+from hpetr.train import open_training, train
 from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
 from hpetr.training.optimizer import parameter_groups, schedule_factor
 from training_runs import TINY, small_recipe
@@ -64,8 +64,12 @@ def test_bad_runs_end_before_any_training(tmp_path: Path) -> None:
         train(small_recipe(tmp_path / "file" / "run"))
     with pytest.raises(InputError, match=r"train.total_batch_size is 3, expected a multiple of 1 processes x 2"):
         train(small_recipe(tmp_path / "c", "train.total_batch_size=3", "train.batch_size=2"))
-    with pytest.raises(InputError, match="unknown argument 'lr'"):
-        train(small_recipe(tmp_path / "c", "train.arguments={lr: 1}"))
+    with pytest.raises(InputError, match="unknown argument 'max_step', did you mean 'max_steps'"):
+        train(small_recipe(tmp_path / "c", "train.arguments={max_step: 1}"))
+    with pytest.raises(InputError, match="unknown option 'num_querys', did you mean 'num_queries'"):
+        train(small_recipe(tmp_path / "c", "model.options={num_querys: 1}"))
+    with pytest.raises(InputError, match="unknown name 'h-petr-nanno', did you mean 'h-petr-nano'"):
+        train(small_recipe(tmp_path / "c", "model.preset=h-petr-nanno"))
     with pytest.raises(InputError, match="'save_steps' is set by the recipe's own keys"):
         train(small_recipe(tmp_path / "c", "train.arguments={save_steps: 1}"))
     with pytest.raises(InputError, match="fsdp needs GPUs"):
@@ -95,7 +99,33 @@ def test_data_that_cannot_be_learnt_from(tmp_path: Path) -> None:
     sources = f"data.train=[{{annotations: {TINY}}}, {{annotations: {other}, images: {TINY.parent / 'images'}}}]"
     with pytest.raises(InputError, match=r"other.json: its .* differ .*keypoint 3 is 'left_horn' and 'left_ear'"):
         train(small_recipe(tmp_path / "run", sources))
+
+    def keep_sides(content: dict) -> None:
+        content["categories"][0]["flip_idx"] = list(range(17))
+
+    def sharpen(content: dict) -> None:
+        content["categories"][0]["sigmas"] = [0.01, *COCO.sigmas[1:]]
+
+    def as_val(file: Path) -> str:
+        return f"data.val={{annotations: {file}, images: {TINY.parent / 'images'}}}"
+
+    differences = {
+        keep_sides: "the mirror image of 'left_eye' is 'left_eye' and 'right_eye'",
+        sharpen: "the sigma of 'nose' is 0.01 and 0.026",
+        rename: "keypoint 3 is 'left_horn' and 'left_ear'",
+    }
+    for change, message in differences.items():
+        val = changed_annotations(tmp_path / "val.json", change)
+        with pytest.raises(InputError, match=rf"val.json: its keypoints differ from those of .*{message}"):
+            open_training(small_recipe(tmp_path / "run", as_val(val)))
+    val = changed_annotations(tmp_path / "val.json", sharpen)
+    _, opened, skeleton = open_training(small_recipe(tmp_path / "run", as_val(val), f"data.sigmas={[0.05] * 17}"))
+    assert opened is not None
+    assert opened.skeleton.sigmas == skeleton.sigmas == (0.05,) * 17
+
     nobody = changed_annotations(tmp_path / "nobody.json", empty)
+    with pytest.raises(InputError, match=r"data.val: nobody with labelled keypoints in .*nobody.json"):
+        open_training(small_recipe(tmp_path / "run", as_val(nobody)))
     with pytest.raises(InputError, match=r"nobody with labelled keypoints in .*nobody.json"):
         train(small_recipe(tmp_path / "run", f"data.train.0.annotations={nobody}", images))
     assert not (tmp_path / "run").exists()
@@ -107,6 +137,8 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
         train(small_recipe(output, "model.options.d_model=64"), resume="auto")
     with pytest.raises(InputError, match=r"train.total_batch_size was 2 in this run, expected the same, got 4"):
         train(small_recipe(output, "train.total_batch_size=4"), resume="auto")
+    with pytest.raises(InputError, match=r"data.train.0.limit was None in this run, expected the same, got 3"):
+        train(small_recipe(output, "data.train.0.limit=3"), resume="auto")
     train(small_recipe(output, "train.epochs=2"), resume="auto")  # longer is fine
     assert (output / "checkpoint-4").is_dir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,8 +207,18 @@ def save_checkpoint(
                     state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
                 model.save_pretrained(unfinished, state_dict=state, evaluation=evaluation, name=name)
             processor.save_pretrained(unfinished)
+            open_as_others(unfinished)
             if folder.exists():
                 folder.rmdir()
             unfinished.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise InputError(f"{folder}: cannot be written ({reason})") from error
+
+
+def open_as_others(folder: Path) -> None:
+    """Give a folder's weights the permissions of its other files; safetensors lets only the owner read them, whom a
+    server or a colleague may not be.
+    """
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, path)

@@ -1,5 +1,10 @@
 """The one exception that means "your input is wrong", as opposed to "hpetr is wrong"."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input from the user: one line that names the file, the field and what was expected.
@@ -11,3 +16,9 @@ class InputError(ValueError):
     """
 
     alone = False
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What an error about an unknown name ends with: "did you mean 'epochs'?", or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else otherwise

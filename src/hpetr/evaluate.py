@@ -25,7 +25,7 @@ from hpetr.flip_test import predict_batch_flipped
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.predict import predict_batch
 from hpetr.results import write_json
-from hpetr.skeleton import CROWDPOSE
+from hpetr.skeleton import CROWDPOSE, Skeleton
 
 # COCO's figures in the protocol's order, and hotcoco's names of the same figures.
 METRICS = {
@@ -126,9 +126,9 @@ def evaluate(
         flip_test: merge the poses of each picture and of its mirror image.
 
     Raises:
-        InputError: a picture cannot be read (nothing is left out of an evaluation), the model has another K or more
-            classes than the data set, the data are not the same for all processes, or there are more processes than
-            pictures. On one process, it is raised on all.
+        InputError: a picture cannot be read (nothing is left out of an evaluation), the model has other keypoints or
+            more classes than the data set, the data are not the same for all processes, or there are more processes
+            than pictures. On one process, it is raised on all.
     """
     processes.join()
     ground_truth = processes.together(lambda: _checked_ground_truth(model, dataset))
@@ -220,6 +220,12 @@ def _checked_ground_truth(model: HPetrForPoseEstimation, dataset: PoseDataset) -
         raise InputError(
             f"{dataset.path}: poses of {dataset.skeleton.num_keypoints} keypoints, expected the model's "
             f"{model.config.num_keypoints}"
+        )
+    trained = Skeleton.from_dict(model.config.skeleton)
+    nameless = Skeleton.generic(trained.num_keypoints).names  # what YOLO-pose files without names get
+    if trained.names != dataset.skeleton.names and nameless not in (trained.names, dataset.skeleton.names):
+        raise InputError(
+            f"{dataset.path}: its keypoints differ from the model's ({dataset.skeleton.difference(trained)})"
         )
     if known > classes:
         raise InputError(

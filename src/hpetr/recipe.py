@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from hpetr.data.processor import HPetrImageProcessor
-from hpetr.errors import InputError
+from hpetr.errors import InputError, suggestion
 
 
 class Strict(BaseModel):
@@ -269,8 +268,7 @@ def _first_problem(error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        hint = suggestion(str(problem["loc"][-1]), known, f"expected one of {', '.join(known)}")
         return f"unknown key {key!r}, {hint}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}{more}"

@@ -21,7 +21,6 @@ from hpetr.checkpoint import load_checkpoint
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.draw import draw_poses
 from hpetr.errors import InputError
-from hpetr.evaluate import METRICS
 from hpetr.info import environment_info
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.predict import predict_batch
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 # Of a training line of the log; every other number in it is a term of the loss.
 NOT_A_TERM = {"step", "epoch", "loss", "grad_norm", "learning_rate", "step_seconds"}
+NOT_A_FIGURE = {"step", "epoch"}  # of an evaluation's line
 CURVE_POINTS = 200  # more than these cannot be told apart at the width of a curve
 SAMPLE_SIDE = 640  # pixels, the longer side of each half of a sample picture
 GAP = 8
@@ -257,9 +257,8 @@ def _metrics_table(log: RunLog, has_val: bool) -> str:
     if not log.evaluations:
         return f"<p>{'Not evaluated yet.' if has_val else 'Not evaluated: the recipe has no data.val.'}</p>"
     final, best = log.evaluations[-1], log.best
-    rows = [
-        (name, *("-" if line.get(name, -1) < 0 else f"{line[name]:.4f}" for line in (final, best))) for name in METRICS
-    ]
+    names = [name for name in final if name not in NOT_A_FIGURE]
+    rows = [(n, *("-" if line.get(n, -1) < 0 else f"{line[n]:.4f}" for line in (final, best))) for n in names]
     heads = ("", f"final, step {final['step']:,}", f"best, step {best['step']:,}")
     return _table(rows, heads, "figures")
 

@@ -69,6 +69,27 @@ class Skeleton:
             index[left], index[right] = right, left
         return index
 
+    def difference(self, other: Skeleton, *, sigmas: bool = True) -> str | None:
+        """In words, the first thing in which labels of the two do not mean the same; None where they do.
+
+        Args:
+            other: is named second.
+            sigmas: whether they count. Edges, which only drawing uses, never do.
+        """
+        if self.num_keypoints != other.num_keypoints:
+            return f"{self.num_keypoints} and {other.num_keypoints}"
+        for index, (name, theirs) in enumerate(zip(self.names, other.names, strict=True)):
+            if name != theirs:
+                return f"keypoint {index} is {name!r} and {theirs!r}"
+        for name, *mirrored in zip(self.names, self.flip_index, other.flip_index, strict=True):
+            if mirrored[0] != mirrored[1]:
+                images = " and ".join(repr(self.names[index]) for index in mirrored)
+                return f"the mirror image of {name!r} is {images}"
+        for name, sigma, other_sigma in zip(self.names, self.sigmas, other.sigmas, strict=True):
+            if sigmas and sigma != other_sigma:
+                return f"the sigma of {name!r} is {sigma:g} and {other_sigma:g}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON and YAML; `from_dict` reads them back."""
         return {

@@ -23,7 +23,7 @@ from hpetr.card import is_own_text
 from hpetr.checkpoint import load_checkpoint
 from hpetr.data.check import shared_pictures
 from hpetr.data.dataset import PoseDataset
-from hpetr.errors import InputError
+from hpetr.errors import InputError, suggestion
 from hpetr.hub import CARD
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
@@ -33,7 +33,7 @@ from hpetr.report import draw_samples, write_report
 from hpetr.results import check_writable
 from hpetr.skeleton import Skeleton
 from hpetr.training.callbacks import Console, RunCallback
-from hpetr.training.data import TrainingSet, build_transform, mean_colour, open_data
+from hpetr.training.data import TrainingSet, build_transform, check_agreement, mean_colour, open_data
 from hpetr.training.run import (
     check_same_run,
     checkpoint_to_resume,
@@ -125,19 +125,9 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
     say = say or (lambda line: None)
     datasets = [open_data(source) for source in recipe.data.train]
     skeleton = datasets[0].skeleton
-    first, *others = recipe.data.train
-    for source, dataset in zip(others, datasets[1:], strict=True):
-        names = dataset.skeleton.names
-        if names != skeleton.names:
-            raise InputError(
-                f"{source.annotations}: its keypoints differ from those of {first.annotations} "
-                f"({_first_difference(names, skeleton.names)})"
-            )
-        if dataset.class_names != datasets[0].class_names:
-            raise InputError(
-                f"{source.annotations}: its categories are {dataset.class_names}, "
-                f"expected {datasets[0].class_names} as in {first.annotations}"
-            )
+    val = None if recipe.data.val is None else open_data(recipe.data.val)
+    every = datasets if val is None else [*datasets, val]
+    check_agreement(every, sigmas_given=recipe.data.sigmas is not None)
     if recipe.data.sigmas is not None:
         if len(recipe.data.sigmas) != skeleton.num_keypoints:
             raise InputError(f"data.sigmas: {len(recipe.data.sigmas)} numbers, expected {skeleton.num_keypoints}")
@@ -147,11 +137,12 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
         note = f"; {left_out:,} pictures without people left out" if left_out else ""
         say(f"train: {source.annotations}: {dataset.report}{note}")
     if not sum(dataset.report.people for dataset in datasets):
-        raise InputError(f"data.train: nobody with labelled keypoints in {first.annotations}, expected people to learn")
-    val = None
-    if recipe.data.val is not None:
-        val = open_data(recipe.data.val, skeleton)
-        say(f"val: {recipe.data.val.annotations}: {val.report}")
+        raise InputError(f"data.train: nobody with labelled keypoints in {datasets[0].path}, expected people to learn")
+    if val is not None:
+        val.skeleton = skeleton
+        say(f"val: {val.path}: {val.report}")
+        if not val.report.people:
+            raise InputError(f"data.val: nobody with labelled keypoints in {val.path}, expected people to find")
         if shared := shared_pictures(datasets, val):
             some = ", ".join(path.name for path in shared[:3]) + (", ..." if len(shared) > 3 else "")
             say(f"warning: {len(shared)} of {len(val)} pictures of val are in train too: {some}; its AP will flatter")
@@ -165,13 +156,6 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
         fill=mean_colour(recipe.processor),
     )
     return data, val, skeleton
-
-
-def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
-    if len(ours) != len(theirs):
-        return f"{len(ours)} and {len(theirs)}"
-    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-    return f"keypoint {place} is {ours[place]!r} and {theirs[place]!r}"
 
 
 def build_model(
@@ -264,9 +248,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     known = {field.name for field in fields(TrainingArguments)}
     for name in settings.arguments:
         if name not in known:
-            raise InputError(
-                f"train.arguments: unknown argument {name!r}, expected one of transformers' TrainingArguments"
-            )
+            hint = suggestion(name, known, "expected one of transformers' TrainingArguments")
+            raise InputError(f"train.arguments: unknown argument {name!r}, {hint}")
         if name in ours:
             raise InputError(f"train.arguments: {name!r} is set by the recipe's own keys")
     sharding = [name for name in ("fsdp", "deepspeed") if settings.arguments.get(name)]

@@ -17,7 +17,7 @@ def make_sample(height, width, people, k=4):
         class_labels=np.zeros(people, np.int64),
         ignore_boxes=np.ones((1, 4), np.float32),
         image_id=height,
-        path=Path("a.png"),
+        path=Path(f"{height}.png"),
     )
 
 
@@ -32,7 +32,7 @@ def test_batch_has_the_processors_pixels_and_the_samples_labels():
     assert torch.equal(first["keypoints"], torch.from_numpy(samples[0].keypoints))
     assert (first["boxes"].shape, first["areas"].shape, first["ignore_boxes"].shape) == ((2, 4), (2,), (1, 4))
     assert first["class_labels"].dtype == torch.int64
-    assert batch["image_ids"][0] == 80
+    assert batch["pictures"] == [(80, "80.png"), (120, "120.png")]
     assert second["keypoints"].shape == (0, 4, 3)
     assert second["boxes"].shape == (0, 4)
 
@@ -50,7 +50,7 @@ def test_worker_processes_give_the_same_batches():
     assert len(here) == len(there) == 2
     for expected, batch in zip(here, there, strict=True):
         assert type(batch) is dict
-        assert batch["image_ids"] == expected["image_ids"]
+        assert batch["pictures"] == expected["pictures"]
         for key in ("pixel_values", "pixel_mask"):
             assert batch[key].equal(expected[key])
             assert batch[key].dtype == expected[key].dtype

@@ -72,7 +72,7 @@ class CheckReport:
                 if finding.level == level:
                     lines.append(f"{level}: {finding.kind}: {finding.count:,}")
                     lines += [f"    {example}" for example in finding.examples]
-                    if finding.count > len(finding.examples):
+                    if finding.examples and finding.count > len(finding.examples):
                         lines.append(f"    and {finding.count - len(finding.examples):,} more")
         content = self.content
         if not self.accepted:

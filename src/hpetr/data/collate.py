@@ -26,8 +26,8 @@ class PoseCollator:
     Returns, when called:
         dict with `pixel_values` (B, 3, H, W) float32, `pixel_mask` (B, H, W) int64, 1 = picture, and `labels`, a list
         of B dicts of tensors, in pixels of the picture before padding: `keypoints` (n, K, 3) x, y, visibility;
-        `boxes` (n, 4) x1, y1, x2, y2; `areas` (n,); `class_labels` (n,) int64; `ignore_boxes` (m, 4). `image_ids` is a
-        list of B ints, which no device gets to see.
+        `boxes` (n, 4) x1, y1, x2, y2; `areas` (n,); `class_labels` (n,) int64; `ignore_boxes` (m, 4). `pictures` is a
+        list of B pairs of image id and path, which no device gets to see.
     """
 
     image_mean: Sequence[float] = IMAGENET_MEAN
@@ -50,7 +50,7 @@ class PoseCollator:
             "pixel_values": torch.from_numpy(pixel_values),
             "pixel_mask": torch.from_numpy(pixel_mask),
             "labels": [_label_tensors(sample) for sample in samples],
-            "image_ids": [sample.image_id for sample in samples],
+            "pictures": [(sample.image_id, str(sample.path)) for sample in samples],
         }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from hpetr.errors import InputError
+from hpetr.errors import InputError, suggestion
 from hpetr.skeleton import COCO, CROWDPOSE, Skeleton
 
 RESNET_50: dict[str, Any] = {
@@ -158,10 +158,12 @@ class HPetrConfig(PreTrainedConfig):
             InputError: unknown name or unknown override.
         """
         if name not in PRESETS:
-            raise InputError(f"preset: unknown name {name!r}, expected one of {', '.join(PRESETS)}")
+            hint = suggestion(name, PRESETS, f"expected one of {', '.join(PRESETS)}")
+            raise InputError(f"preset: unknown name {name!r}, {hint}")
         known = {field for base in cls.__mro__ for field in getattr(base, "__annotations__", {})} | {"num_labels"}
         if unknown := sorted(set(overrides) - known):
-            raise InputError(f"preset {name}: unknown option {unknown[0]!r}")
+            hint = suggestion(unknown[0], known, "expected a field of HPetrConfig")
+            raise InputError(f"preset {name}: unknown option {unknown[0]!r}, {hint}")
         values = {**PRESETS[name], **overrides}
         if "skeleton" not in overrides and values.get("num_keypoints") != PRESETS[name].get("num_keypoints"):
             values.pop("skeleton", None)  # the preset's is of another K

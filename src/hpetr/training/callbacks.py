@@ -67,6 +67,10 @@ class Console(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
+    def on_prediction_step(self, args, state, control, done=0, total=0, **kwargs):
+        if self.bar is not None:
+            self.bar.set_postfix({**self.shown, "evaluated": f"{done}/{total}"})
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return

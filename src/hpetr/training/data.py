@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from hpetr.data.augment import (
 )
 from hpetr.data.dataset import PoseDataset, open_dataset
 from hpetr.data.sample import Sample
+from hpetr.errors import InputError
 from hpetr.recipe import AugmentRecipe, DataSource, ProcessorRecipe, SideRange
 from hpetr.skeleton import Skeleton
 
@@ -28,16 +29,35 @@ CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
 BUCKET_STEPS = 32  # optimiser steps whose pictures are sorted by shape together
 
 
-def open_data(source: DataSource, skeleton: Skeleton | None = None) -> PoseDataset:
+def open_data(source: DataSource) -> PoseDataset:
     """The data set that a recipe's source names."""
     return open_dataset(
         source.annotations,
         source.images,
         split=source.split,
-        skeleton=skeleton,
         limit=source.limit,
         area_of_box=source.area_of_box,
     )
+
+
+def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> None:
+    """Raise `InputError` where keypoints, mirror pairs, sigmas or categories are not those of the first data set.
+
+    Args:
+        sigmas_given: others stand in for those of the data, which then may differ.
+    """
+    first = datasets[0]
+    theirs = first.skeleton
+    for dataset in datasets[1:]:
+        ours = dataset.skeleton
+        difference = ours.difference(theirs, sigmas=not sigmas_given)
+        if difference is not None:
+            raise InputError(f"{dataset.path}: its keypoints differ from those of {first.path} ({difference})")
+        if dataset.class_names != first.class_names:
+            raise InputError(
+                f"{dataset.path}: its categories are {dataset.class_names}, "
+                f"expected {first.class_names} as in {first.path}"
+            )
 
 
 class Draw(NamedTuple):

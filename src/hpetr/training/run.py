@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from hpetr.checkpoint import load_config
 from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
-from hpetr.recipe import Recipe, recipe_values, recipe_yaml
+from hpetr.recipe import Recipe, load_recipe, recipe_values, recipe_yaml
 from hpetr.results import write_bytes
 
 LOG, RECIPE, STATE = "log.jsonl", "recipe.yaml", "trainer_state.json"
@@ -83,17 +82,31 @@ def check_same_run(checkpoint: Path, recipe: Recipe, config: HPetrConfig) -> Non
     written = checkpoint.parent / RECIPE
     if not written.is_file():
         return
-    before, now = yaml.safe_load(written.read_text(encoding="utf-8")), recipe_values(recipe)
+    before, now = recipe_values(load_recipe(written)), recipe_values(recipe)
     for key in FIXED:
         old, new = (_value(values, key) for values in (before, now))
         if old != new:
-            raise InputError(f"resume {checkpoint}: {key} was {old!r} in this run, expected the same, got {new!r}")
+            where, old, new = _first_difference(old, new, key)
+            raise InputError(f"resume {checkpoint}: {where} was {old!r} in this run, expected the same, got {new!r}")
 
 
 def _value(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
+
+
+def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any]:
+    """The innermost key of two unequal values where they differ, and its values."""
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [(place, *pair) for place, pair in enumerate(zip(old, new, strict=True))]
+    for name, ours, theirs in parts:
+        if ours != theirs:
+            return _first_difference(ours, theirs, f"{key}.{name}")
+    return key, old, new
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from hpetr.card import Evaluation, data_name
-from hpetr.checkpoint import save_checkpoint
+from hpetr.checkpoint import open_as_others, save_checkpoint
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset
 from hpetr.data.processor import HPetrImageProcessor
@@ -33,6 +34,19 @@ from hpetr.training.run import EVAL_PREFIX, UNFINISHED, publish
 
 AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensors in a checkpoint
 BEST = "best"
+
+
+class Pictures(NamedTuple):
+    """Those of a micro-batch, for an error."""
+
+    ids: str
+    files: str
+
+    @classmethod
+    def of(cls, pictures: Sequence[tuple[int, str]]) -> Pictures:
+        """From the collator's pairs of id and path."""
+        ids, files = zip(*pictures, strict=True)
+        return cls(", ".join(map(str, ids)), ", ".join(files))
 
 
 def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
@@ -88,7 +102,7 @@ class PoseTrainer(Trainer):
         self.sampler = EpochSampler(data, recipe.total_batch_size, recipe.seed, bucketing=recipe.bucketing)
         # Loss terms of the micro-batches since the last log, with their pictures. They stay on the device until then:
         # to look at them in every step would make a GPU wait.
-        self.pending: list[tuple[str, dict[str, torch.Tensor]]] = []
+        self.pending: list[tuple[Pictures, dict[str, torch.Tensor]]] = []
         self.seconds, self.steps = 0.0, 0  # of the steps since the last log, without evaluations and checkpoints
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
@@ -112,12 +126,15 @@ class PoseTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pictures = ", ".join(str(int(image_id)) for image_id in inputs.pop("image_ids"))
+        pictures = Pictures.of(inputs.pop("pictures"))
         try:
             output = model(**inputs)
         except FloatingPointError as error:
             self.check_losses()  # an earlier loss may be the reason
-            raise FloatingPointError(f"step {self.state.global_step + 1}, pictures {pictures}: {error}") from None
+            step = self.state.global_step + 1
+            raise FloatingPointError(
+                f"step {step}, pictures {pictures.ids}: {error}; files: {pictures.files}"
+            ) from None
         self.pending.append((pictures, {name: value.detach() for name, value in output.loss_dict.items()}))
         return (output.loss, output) if return_outputs else output.loss
 
@@ -134,14 +151,16 @@ class PoseTrainer(Trainer):
         for (pictures, _), row in zip(self.pending, rows, strict=True):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name} = {value:g}" for name, value in zip(names, row.tolist(), strict=True))
-                raise FloatingPointError(f"pictures {pictures}: the loss is not finite: {terms}")
+                raise FloatingPointError(
+                    f"pictures {pictures.ids}: the loss is not finite: {terms}; files: {pictures.files}"
+                )
         return dict(zip(names, rows.mean(0).tolist(), strict=True))
 
     def check_weights(self) -> None:
         """Raise FloatingPointError where a weight is NaN or infinite: such a model must not become a checkpoint."""
         norms = torch._foreach_norm([p.detach() for p in self.trained().parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
-            pictures = self.pending[-1][0] if self.pending else "unknown"
+            pictures = self.pending[-1][0].files if self.pending else "unknown"
             raise FloatingPointError(
                 f"step {self.state.global_step}: weights are no longer finite, though the losses were; "
                 f"last pictures: {pictures}"
@@ -176,7 +195,15 @@ class PoseTrainer(Trainer):
         """The ten COCO figures on the validation data as `eval_AP`, ...; the best model so far goes to `best/`."""
         assert self.val is not None
         self.check_losses()
-        result = evaluate(self.trained(), self.processor, self.val, default_batch_size(self.network))
+        done, total = 0, len(self.val)
+
+        def progress(pictures: int) -> None:
+            nonlocal done
+            done += pictures
+            handler = self.callback_handler
+            handler.call_event("on_prediction_step", self.args, self.state, self.control, done=done, total=total)
+
+        result = evaluate(self.trained(), self.processor, self.val, default_batch_size(self.network), progress)
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
         self.log(dict(metrics))
         best = self.state.best_metric
@@ -232,6 +259,9 @@ class PoseTrainer(Trainer):
         """
         self.check_losses()
         self.check_weights()
+        # transformers would note that the best checkpoint lies among the unfinished ones, and miss it there when the
+        # run goes on; `best/` is what is kept of it.
+        self.state.best_global_step = None
         name = f"checkpoint-{self.state.global_step}"
         unfinished = self.output / UNFINISHED / name
         try:
@@ -240,6 +270,7 @@ class PoseTrainer(Trainer):
             if self.args.should_save:
                 if self.average is not None:
                     save_file(self.average.module.state_dict(), unfinished / AVERAGE)
+                open_as_others(unfinished)
                 publish(unfinished, self.output / name)
                 rotate_checkpoints(str(self.output), self.recipe.keep)
         except (OSError, SafetensorError, RuntimeError) as error:
