@@ -90,6 +90,14 @@ class HPetrForPoseEstimation(PreTrainedModel):
         self.heatmap_head = nn.Linear(config.d_model, config.num_keypoints)
         self.post_init()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Visit modules without weights of their own, too, which transformers leaves out in code that is not its own.
+
+        They hold the exceptions of `_init_weights`; it writes through `transformers.initialization` alone, which spares
+        what was loaded.
+        """
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Xavier-uniform matrices, zero biases, normal(0, 1) embeddings, and the exceptions METHOD names."""
