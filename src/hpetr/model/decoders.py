@@ -146,11 +146,14 @@ class PoseDecoder(nn.Module):
         """
         proposals = self.propose(memory, grid)
         wanted = self.query_embedding.num_embeddings if one_to_many else self.num_queries
-        total = min(wanted, memory.shape[1])
-        groups = [min(self.num_queries, total), max(total - self.num_queries, 0)]
+        # Python's min would tie an exported graph to the traced picture's side of the comparison.
+        total = torch.sym_min(wanted, memory.shape[1])
+        one_to_one = torch.sym_min(self.num_queries, memory.shape[1])
+        groups = [one_to_one, total - one_to_one]
         best = proposals.logits[..., 0].topk(total, dim=1).indices  # (B, Q)
         with torch.no_grad():
-            references = proposals.keypoints_at(torch.arange(len(best), device=best.device)[:, None], best)
+            # best.shape[0], not len(best): an export would fix the batch.
+            references = proposals.keypoints_at(torch.arange(best.shape[0], device=best.device)[:, None], best)
         position, x = self.query_embedding.weight[:total].expand(memory.shape[0], -1, -1).chunk(2, -1)  # (B, Q, D)
         logits, keypoints = [], []
         for i, layer in enumerate(self.layers):

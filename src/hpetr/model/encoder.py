@@ -77,7 +77,7 @@ def make_grid(maps: list[Tensor], masks: list[Tensor] | None) -> Grid:
     """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l)."""
     d_model, device = maps[0].shape[1], maps[0].device
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
-    shapes = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
+    shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
     ratios, centres, positions = [], [], []
     for level, (height, width) in enumerate(shapes):
         # Without padding every picture of the batch has the same grid: one row serves all.
