@@ -7,7 +7,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 DEMO_OUTPUT := outputs/demo
 
-.PHONY: help install demo test lint format sanitize bench docs clean
+.PHONY: help install demo test lint format sanitize bench docs figures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize  the C kernel under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"
+	@echo "make figures the pictures of docs/model.md, with the bundled checkpoint"
 	@echo "make clean   remove $(VENV), caches and built files"
 
 install: $(INSTALLED_DEV)
@@ -60,7 +61,11 @@ bench: $(INSTALLED)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 docs: $(INSTALLED_DOCS)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pictures of docs/model.md, anew after a change of the bundled checkpoint.
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures/make_model_figures.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
