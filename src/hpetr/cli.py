@@ -402,8 +402,14 @@ def info(
         str | None, typer.Argument(help="Preset or checkpoint folder. Without one: versions and machine only.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="Input of the network as HEIGHTxWIDTH, e.g. 800x1216.")] = None,
+    licenses: Annotated[
+        bool, typer.Option("--licenses", help="The licences of all packages that hpetr runs with, and nothing else.")
+    ] = False,
 ) -> None:
     """Show a model's size and cost, and the versions in use."""
+    if licenses:
+        _print_licenses()
+        return
     pixels = None if size is None else _parse_size(size)
     from hpetr.info import environment_info, model_info
 
@@ -430,6 +436,21 @@ def _print_model(model: ModelInfo) -> None:
         ("tokens per level", f"{tokens} (sum {sum(model.tokens):,})"),
     ]
     _print_table(model.name, rows)
+
+
+def _print_licenses() -> None:
+    from hpetr.licenses import installed_licenses, to_look_at
+
+    packages = installed_licenses()
+    rows = [("package", "version", "needed for", "licence")]
+    for package in packages:
+        carried = ", ".join(name for name, _ in package.carried)
+        license_text = package.license + (f"; carries {carried}" if carried else "")
+        rows.append((package.name, package.version, package.needed_for, license_text))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
+    for *columns, license_text in rows:
+        typer.echo("  ".join([*(text.ljust(w) for text, w in zip(columns, widths, strict=True)), license_text]))
+    typer.echo("\n" + "\n".join(to_look_at(packages)))
 
 
 def _print_metrics(result: EvalResult, source: str) -> None:

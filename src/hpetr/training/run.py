@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hpetr.checkpoint import load_config
@@ -63,12 +64,21 @@ def checkpoint_to_resume(output: Path, resume: str | Path | None) -> Path | None
         if output.is_dir() and get_last_checkpoint(str(output)):
             raise InputError(f"output {output}: holds checkpoints of a run; pass --resume, or choose another output")
         return None
+    folder: str | Path | None = resume
     if str(resume) == "auto":
-        found = get_last_checkpoint(str(output)) if output.is_dir() else None
-        return None if found is None else Path(found)
-    if not (Path(resume) / STATE).is_file():
-        raise InputError(f"resume {resume}: expected the folder of a checkpoint with {STATE}")
-    return Path(resume)
+        folder = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if folder is None:
+        return None
+    path = Path(folder) / STATE
+    if not path.is_file():
+        raise InputError(f"resume {folder}: expected the folder of a checkpoint with {STATE}")
+    try:
+        state = TrainerState.load_from_json(str(path))
+        "".join(map(log_line, state.log_history))
+    except Exception as error:  # JSON of any content
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: is not what a training writes ({reason})") from error
+    return Path(folder)
 
 
 def check_same_run(checkpoint: Path, recipe: Recipe, config: HPetrConfig) -> None:

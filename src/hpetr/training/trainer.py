@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -47,6 +49,21 @@ class Pictures(NamedTuple):
         """From the collator's pairs of id and path."""
         ids, files = zip(*pictures, strict=True)
         return cls(", ".join(map(str, ids)), ", ".join(files))
+
+
+@contextmanager
+def _one_line(checkpoint: str | None, what: str) -> Iterator[None]:
+    """A checkpoint's file that cannot be read is bad input; torch's readers raise whatever a broken file makes them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"resume {checkpoint}: the {what} holds pickled objects other than tensors or is broken; nothing in it was "
+            "executed"
+        ) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"resume {checkpoint}: the {what} cannot be read ({reason})") from error
 
 
 def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
@@ -274,19 +291,27 @@ class PoseTrainer(Trainer):
                 publish(unfinished, self.output / name)
                 rotate_checkpoints(str(self.output), self.recipe.keep)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            # torch's writer says of a full disk no more than that it is at an unexpected position.
+            reason += f"; {shutil.disk_usage(self.output).free / 2**20:,.1f} MB free there"
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise InputError(
                 f"{self.output / name}: the checkpoint cannot be written ({reason}); the ones before it are whole"
             ) from error
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average.module.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+        with _one_line(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.average is not None:
+                self.average.module.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _one_line(checkpoint, "random numbers' state"):
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _one_line(checkpoint, "optimiser's and schedule's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if self.average is not None and checkpoint is not None:
             self.average.n_averaged.fill_(self.state.global_step)
