@@ -1,4 +1,4 @@
-# Every target installs what it needs into $(VENV) first; nothing else on the machine changes.
+# Every target installs what it needs into $(VENV) first; nothing else on the machine changes, but by `make browser`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,11 +7,12 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 DEMO_OUTPUT := outputs/demo
 
-.PHONY: help install demo test lint format sanitize bench docs figures clean
+.PHONY: help install browser demo test lint format sanitize bench docs figures clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    poses of the pictures in examples/, drawn into $(DEMO_OUTPUT)/"
+	@echo "make browser Chromium for the tests of the page, by apt-get as root, where there is none"
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatting and safe fixes"
@@ -40,6 +41,14 @@ $(INSTALLED_DOCS): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/hpetr predict examples/*.jpg --output $(DEMO_OUTPUT)
 	@echo "Look at the drawn pictures in $(DEMO_OUTPUT)/"
+
+# pip brings no browser. The names are those that tests/test_serve_browser.py looks for.
+browser:
+	@for name in "$$HPETR_CHROMIUM" chromium chromium-browser chromium-headless-shell chrome-headless-shell google-chrome \
+		google-chrome-stable; do if command -v "$$name" >/dev/null; then exit 0; fi; done; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "error: no Chromium and no apt-get: install one, or name it in HPETR_CHROMIUM" >&2; exit 1; fi; \
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium
 
 # One thread a process: the two test processes would otherwise compete for the same cores.
 test: $(INSTALLED_DEV)

@@ -18,22 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from typer.testing import CliRunner
 
-from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, InputError, PosePredictor
-from hpetr.checkpoint import save_checkpoint
+from hpetr import InputError, PosePredictor
 from hpetr.cli import app
-from serving import ServerProcess
-from training_runs import SMALL_MODEL
-
-pytest.importorskip("fastapi", reason="needs hpetr[serve]")
-import uvicorn
-
 from hpetr.server.app import Service, create_app
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import Limits, Refusal, check_picture
 from hpetr.server.run import listen
+from serving import ServerProcess, save_small_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "examples" / "000000000785.jpg"
@@ -42,11 +37,8 @@ LIMIT_MEGABYTES, LIMIT_PIXELS, QUEUE = 0.5, 400_000, 2
 
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten poses in every picture, in milliseconds."""
-    torch.manual_seed(0)
-    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano", **SMALL_MODEL))
     folder = tmp_path_factory.mktemp("serve") / "small"
-    save_checkpoint(model, HPetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, threshold=0.0), folder)
+    save_small_checkpoint(folder, threshold=0.0)
     return folder
 
 
