@@ -69,6 +69,17 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
     return command, rest
 
 
+def all_commands() -> list[tuple[list[str], Any]]:
+    """Every command of `hpetr` with the words that lead to it."""
+    found, groups = [], [([], typer.main.get_command(app))]
+    while groups:
+        path, group = groups.pop()
+        for name, command in group.commands.items():
+            where = groups if hasattr(command, "commands") else found
+            where.append(([*path, name], command))
+    return found
+
+
 def check_synopsis(command: str) -> None:
     """The command exists, and so do all the options that are named."""
     words = command.replace("[", " ").replace("]", " ").replace("|", " ").split()

@@ -172,3 +172,15 @@ def test_migration_tables_name_what_there_is() -> None:
         node: Any = recipe
         for part in key.split("."):
             node = node[int(part)] if isinstance(node, list) else node[part]
+
+
+def test_every_command_and_option_is_in_the_docs() -> None:
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+    sections = set(re.findall(r"^## (\w+)", pages["cli"], re.MULTILINE))
+    words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(pages.values())))
+    for path, command in doc_commands.all_commands():
+        assert path[0] in sections, f"docs/cli.md has no section {path[0]!r}"
+        for parameter in command.params:
+            named = {*parameter.opts, *parameter.secondary_opts}
+            if any(name.startswith("--") for name in named):
+                assert named & (words | {"--help"}), f"hpetr {' '.join(path)} {parameter.opts[0]}: on no page"

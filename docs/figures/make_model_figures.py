@@ -260,7 +260,14 @@ def write_figures(trace: Trace, output: Path, threshold: float) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="jpeg", dpi=130, pil_kwargs={"quality": 82, "optimize": True})
+        figure.savefig(
+            buffer,
+            format="jpeg",
+            dpi=130,
+            bbox_inches="tight",
+            pad_inches=0.03,
+            pil_kwargs={"quality": 82, "optimize": True},
+        )
         pyplot.close(figure)
         paths.append(output / f"{name}.jpg")
         write_bytes(paths[-1], buffer.getvalue())

@@ -31,7 +31,7 @@ class PosePredictor:
     Raises:
         InputError: the checkpoint cannot be loaded, the device is not there, or the threshold is not in 0..1.
 
-    Example:
+    Examples:
         >>> predictor = PosePredictor()
         >>> result = predictor("photo.jpg")
         >>> result.keypoints.shape  # (people, 17, 2)
