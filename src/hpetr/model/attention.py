@@ -149,7 +149,7 @@ class DeformableLayer(GradientCheckpointingLayer):
         for part, offset in parts:
             keys = part + offset
             outputs.append(self.self_attention(keys, keys, part, need_weights=False)[0])
-        attended = torch.cat(outputs, 1).view_as(x)
+        attended = torch.cat(outputs, 1).reshape(x.shape)
         return self.self_attention_norm(x + self.self_attention_dropout(attended))
 
     def forward(
