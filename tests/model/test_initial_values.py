@@ -1,4 +1,4 @@
-"""What a fresh model starts from, as published: otherwise training begins somewhere else, and no golden value shows it."""
+"""What a fresh model starts from, as published: no golden value shows where training begins."""
 
 from __future__ import annotations
 
