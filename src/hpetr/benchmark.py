@@ -29,6 +29,7 @@ from hpetr.checkpoint import BUNDLED, bundled_checkpoint, load_checkpoint, resol
 from hpetr.data.images import load_image
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.inference import set_up_inference
 from hpetr.info import USUAL_PICTURE, environment_info
 from hpetr.kernels import kernel_name
 from hpetr.model.attention import DeformableAttention
@@ -104,6 +105,7 @@ class Benchmark:
     environment: dict[str, str]
     device: str
     kernel: str
+    precision: str
     threads: int
     batch: int
     repeats: int
@@ -131,6 +133,8 @@ def benchmark(
     threads: int | None = None,
     image: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    *,
+    precision: str = "float32",
 ) -> Benchmark:
     """Measure a model, stage by stage.
 
@@ -144,6 +148,7 @@ def benchmark(
         threads: of the CPU; None leaves them as they are.
         image: encoded picture; None makes one of 640 x 480, or with `size` one of twice that size.
         progress: called with 1 after every run, of which there are `runs(repeats)`.
+        precision: of the network, see `set_up_inference`.
 
     Raises:
         InputError: neither preset nor checkpoint, a number below 1, no such device, no picture, or too little memory
@@ -157,6 +162,7 @@ def benchmark(
     chosen = resolve_device(device)
     encoded = _encoded_picture(image, size)
     model, processor, weights = _load(target, chosen)
+    set_up_inference(model, precision)
     if size is not None:
         processor.size = {"shortest_edge": min(size), "longest_edge": max(size)}
     with _threads(threads):
@@ -174,6 +180,7 @@ def benchmark(
         environment=environment,
         device=str(chosen),
         kernel=kernel_name(chosen, torch.float32),
+        precision=precision,
         threads=used_threads,
         batch=batch,
         repeats=repeats,

@@ -70,6 +70,10 @@ app = typer.Typer(
 )
 
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
+Precision = Annotated[
+    str, typer.Option(help="float32, or bfloat16: faster on GPUs, and on CPUs with hardware for bfloat16 matrices.")
+]
+Compiled = Annotated[bool, typer.Option("--compile", help="Run through torch.compile: a minute before it is faster.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Pictures that go through the network together. Default: 8 on a GPU, else 1.")
 ]
@@ -137,6 +141,8 @@ def predict(
             help="Videos: drop frames rather than to fall behind. Default: cameras and endless streams.",
         ),
     ] = None,
+    precision: Precision = "float32",
+    compiled: Compiled = False,
 ) -> None:
     """Find the people in pictures and videos: drawings, and the keypoints as JSON."""
     from hpetr.picture_files import check_outputs, find_pictures
@@ -159,7 +165,7 @@ def predict(
         check_video_outputs(videos, output, json_file, draw)
     from hpetr.predict import PosePredictor
 
-    predictor = PosePredictor(checkpoint, device, threshold)
+    predictor = PosePredictor(checkpoint, device, threshold, precision=precision, compiled=compiled)
     if pictures:
         _predict_pictures(predictor, pictures, output, json_file, draw, batch_size, chosen)
     if videos:
@@ -227,6 +233,7 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of the data.")] = None,
     device: Device = "auto",
     card: Annotated[bool, typer.Option("--card", help="Write the figures into the checkpoint's model card.")] = False,
+    precision: Precision = "float32",
 ) -> None:
     """Evaluate a checkpoint: the figures of COCO's keypoint protocol, or of CrowdPose's.
 
@@ -258,7 +265,7 @@ def evaluate_command(
         if zoo:
             _evaluate_zoo(zoo, dataset, target, own_device, batch_size, flip_test)
         else:
-            _evaluate_one(places[0], dataset, target, own_device, batch_size, flip_test, card)
+            _evaluate_one(places[0], dataset, target, own_device, batch_size, flip_test, card, precision)
 
 
 def _evaluate_one(
@@ -269,16 +276,19 @@ def _evaluate_one(
     batch_size: int | None,
     flip_test: bool,
     card: bool,
+    precision: str,
 ) -> None:
     from hpetr import processes
     from hpetr.card import write_evaluation
     from hpetr.checkpoint import load_checkpoint
     from hpetr.evaluate import evaluate
+    from hpetr.inference import set_up_inference
     from hpetr.predict import default_batch_size
 
     first = processes.rank() == 0
     model, processor = processes.together(lambda: load_checkpoint(checkpoint, device))
     size = batch_size or default_batch_size(model)
+    set_up_inference(model, precision)
     with _progress("Evaluating", len(dataset)) as advance:
         result = evaluate(model, processor, dataset, size, advance, flip_test=flip_test)
     about = {"checkpoint": checkpoint, "annotations": str(dataset.path), "hpetr": __version__}

@@ -26,6 +26,7 @@ def benchmark_command(
     threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to run on. Default: a made one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there too.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
 ) -> None:
     """Measure the time of every stage, and compare it with what this machine can do."""
     from hpetr.cli import _parse_size, _progress  # not above: hpetr.cli registers this command
@@ -38,7 +39,9 @@ def benchmark_command(
     from hpetr.checkpoint import BUNDLED
 
     with _progress("Measuring", runs(max(repeats, 1))) as advance:
-        result = benchmark(target or BUNDLED, pixels, batch, device, repeats, threads, image, advance)
+        result = benchmark(
+            target or BUNDLED, pixels, batch, device, repeats, threads, image, advance, precision=precision
+        )
     print_benchmark(result)
     if json_file is not None:
         write_json(json_file, result.to_dict())
@@ -55,7 +58,7 @@ def print_benchmark(result: Benchmark) -> None:
     picture, network = (f"{height} x {width}" for height, width in (result.picture, result.input))
     title = (
         f"{result.model}{weights}: picture {picture}, network input {network}, batch {result.batch}\n{result.device}, "
-        f"{result.threads} CPU threads, float32, {result.kernel} sampling kernel, {result.repeats} repeats"
+        f"{result.threads} CPU threads, {result.precision}, {result.kernel} sampling kernel, {result.repeats} repeats"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("stage", no_wrap=True)

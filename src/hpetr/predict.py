@@ -15,6 +15,7 @@ from hpetr.checkpoint import load_checkpoint
 from hpetr.data.images import ImageSource, load_image
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.inference import set_up_inference
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.results import PoseResult
 from hpetr.skeleton import Skeleton
@@ -27,9 +28,11 @@ class PosePredictor:
         checkpoint: a folder that `save_pretrained` wrote; None takes the one that comes with the package.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
         threshold: only poses with a higher score are given; None takes the checkpoint's own.
+        precision, compiled: see `set_up_inference`.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, the device is not there, or the threshold is not in 0..1.
+        InputError: the checkpoint cannot be loaded, the device is not there, the threshold is not in 0..1, or the
+            precision is unknown.
 
     Examples:
         >>> predictor = PosePredictor()
@@ -42,10 +45,14 @@ class PosePredictor:
         checkpoint: str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
         threshold: float | None = None,
+        *,
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold is {threshold}, expected a number in 0..1")
-        self.model, self.processor = load_checkpoint(checkpoint, device)
+        model, self.processor = load_checkpoint(checkpoint, device)
+        self.model = set_up_inference(model, precision, compiled=compiled)
         self.threshold = threshold
 
     @property
