@@ -12,22 +12,23 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 from typer.testing import CliRunner
 
 from hpetr import InputError, PosePredictor
 from hpetr.cli import app
-from hpetr.server.app import Service, create_app
+from hpetr.server import run
+from hpetr.server.app import Service
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import Limits, Refusal, check_picture
-from hpetr.server.run import listen
+from hpetr.server.run import listen, make_server
 from serving import ServerProcess, save_small_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -392,7 +393,7 @@ class ServerThread:
     def __init__(self, service: Service) -> None:
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        self.server = make_server(service)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self) -> ServerThread:
@@ -423,6 +424,34 @@ def test_a_slow_upload_ends(predictor: PosePredictor) -> None:
     with ServerThread(Service(predictor, "small", Limits(timeout=0.5))) as server:
         with server.send(b"", announced=1000) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_request_whose_head_does_not_come_ends(predictor: PosePredictor) -> None:
+    """Neither a silent connection nor one that starts a second request may keep its place for ever."""
+    with ServerThread(Service(predictor, "small", Limits(timeout=0.5))) as server:
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address, 60) as silent, socket.create_connection(address, 60) as second:
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            while b"the model has stopped" not in second.recv(4096):
+                pass
+            second.sendall(b"GET /hea")
+            assert silent.recv(4096) == second.recv(4096) == b""
+
+
+def test_more_connections_than_allowed_are_sent_away(predictor: PosePredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_CONNECTIONS", 8)
+    with ServerThread(Service(predictor, "small")) as server, ExitStack() as others:
+        for _ in range(8):
+            others.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        with server.send(encoded()) as connection:
+            assert whole_answer(connection).startswith("HTTP/1.1 503")
+        others.close()
+
+        def taken() -> bool:
+            with server.send(b"text") as connection:
+                return whole_answer(connection).startswith("HTTP/1.1 415")
+
+        until(taken)
 
 
 def whole_answer(connection: socket.socket) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import os
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hpetr.errors import InputError
 from hpetr.server.app import Service, create_app
@@ -34,15 +38,47 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"serve: cannot listen on {host} port {port} ({reason})") from error
 
 
-def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish those that are inside, within the service's time limit.
+def connections(head_timeout: float) -> type[H11Protocol]:
+    """uvicorn's connections, which end when a request's head is not complete after so many seconds.
 
-    Args:
-        on_ready: called when the model is loaded and tried, just before the first request is taken.
+    uvicorn itself waits for ever: without this `MAX_CONNECTIONS` clients that say nothing keep everybody else out.
     """
+
+    class Connection(H11Protocol):
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop_timer()
+
+        def _watch(self) -> None:
+            """Between requests their state is idle, and after an answer uvicorn's own, shorter timer runs."""
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_timer()
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(head_timeout, self.transport.close)
+
+        def _stop_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+    return Connection
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """uvicorn with the application of a service, and limits on connections."""
     config = uvicorn.Config(
         create_app(service),
-        http="h11",
+        http=connections(service.limits.timeout),
         ws="none",
         log_level="warning",
         access_log=False,
@@ -50,7 +86,16 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=math.ceil(service.limits.timeout) + 1,
     )
-    server = uvicorn.Server(config)
+    return uvicorn.Server(config)
+
+
+def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT, then finish those that are inside, within the service's time limit.
+
+    Args:
+        on_ready: called when the model is loaded and tried, just before the first request is taken.
+    """
+    server = make_server(service)
 
     def stop(*_: object) -> None:
         server.should_exit = True
