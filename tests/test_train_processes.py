@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hpetr.recipe import recipe_yaml
@@ -53,40 +54,70 @@ def test_two_processes_do_what_one_does(recipe_file: Path, tmp_path: Path) -> No
         assert (tensor - shared[name]).abs().max() < 2e-3, name
 
 
-SHARDED = """
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from training_runs import SMALL_MODEL
+FSDP = """
+import shutil
+import sys
+from pathlib import Path
 
-from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.training.trainer import whole_copy
+import torch.distributed
+from accelerate.state import AcceleratorState, DistributedType
 
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano", **SMALL_MODEL)).eval()
-pictures = torch.randn(1 + dist.get_rank(), 3, 64, 64)
-with torch.no_grad():
-    expected = model(pictures).poses
-fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-copy = whole_copy(model, torch.device("cpu"))
-assert type(next(model.parameters())) is not type(next(copy.parameters()))
-with torch.no_grad():
-    for _ in range(1 + dist.get_rank()):  # no process waits for the other
-        assert torch.equal(copy(pictures).poses, expected)
-dist.destroy_process_group()
+import hpetr.train
+from hpetr import processes
+from hpetr.recipe import load_recipe
+
+# accelerate shards on GPUs alone and takes every other group of processes for one of copies. Told that this one shards,
+# it and torch do on CPUs what they do on GPUs.
+plugins, accelerate_init = [], AcceleratorState.__init__
+
+
+def init(self, *args, fsdp_plugin=None, **kwargs):
+    accelerate_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        plugins.append(fsdp_plugin)
+    if plugins:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
+
+
+arguments_of = hpetr.train.training_arguments
+
+
+def with_fsdp(recipe):
+    arguments = arguments_of(recipe)
+    arguments.fsdp, arguments.fsdp_config = True, {"version": 2}
+    arguments.fsdp_plugin_args = arguments._process_fsdp_args()
+    return arguments
+
+
+AcceleratorState.__init__, hpetr.train.training_arguments = init, with_fsdp
+recipe, folder, *settings = sys.argv[1:]
+first, second = (Path(folder) / name for name in ("sharded", "again"))
+processes.join(training=True)
+hpetr.train.train(load_recipe(recipe, [f"output={first}", *settings]))
+if processes.rank() == 0:
+    shutil.copytree(first / "checkpoint-1", second / "checkpoint-1")
+torch.distributed.barrier()
+hpetr.train.train(load_recipe(recipe, [f"output={second}", *settings]), resume="auto")
 """
 
 
-def test_a_sharded_model_is_evaluated_as_a_whole_one(tmp_path: Path) -> None:
-    """FSDP itself needs GPUs in accelerate; its sharding, and the copy that evaluations take, work here too."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
+def test_a_sharded_run_learns_what_a_whole_one_does_and_goes_on(recipe_file: Path, tmp_path: Path) -> None:
+    from hpetr.recipe import load_recipe
+
+    script = tmp_path / "fsdp.py"
+    script.write_text(FSDP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    settings = ["train.ema=null", "train.keep=2", "data.val.limit=3"]  # one process evaluates a picture more
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(recipe_file), str(tmp_path), *settings]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
+    train(load_recipe(recipe_file, [f"output={tmp_path / 'whole'}", *settings]))
+    whole, sharded, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "sharded", "again"))
+    assert sharded.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert (tensor - sharded[name]).abs().max() < 2e-3, name
+        assert torch.equal(sharded[name], again[name]), name
 
 
 def test_bad_input_is_one_line_of_all_processes(recipe_file: Path) -> None:

@@ -129,6 +129,10 @@ class HPetrForPoseEstimation(PreTrainedModel):
             init.normal_(module.heatmap_head.weight, std=0.01)
             init.constant_(module.heatmap_head.bias, math.log(HEATMAP_PRIOR / (1 - HEATMAP_PRIOR)))
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: there are no tokens to embed. accelerate's FSDP asks, and transformers would raise."""
+        return None
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
