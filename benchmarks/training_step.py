@@ -1,15 +1,16 @@
 """Time and memory of one training step: the official order of computation against hpetr's, on the same weights.
 
     python benchmarks/training_step.py [--preset h-petr-r50] [--size 640x640] [--batch 2] [--threads 2] [--repeats 3]
-        [--device cpu] [--precision float32] [--gradient-checkpointing] [--skip-literal] [--joint-decoder] [--profile]
+        [--device cpu] [--precision float32] [--gradient-checkpointing] [--compile] [--skip-literal] [--joint-decoder]
+        [--profile]
 
 The literal order does what the official code does: deformable attention by grid_sample; the keypoint MLP of the
 proposals with gradient on every token; all queries under a block mask; costs for each picture, layer and group by
 itself, with a loop over people; heatmap targets person by person; the picture's memory copied for every matched pose,
 and each copy projected in every layer of the joint decoder. Both orders give the same loss terms (dropout 0), which the
 script checks. Each runs in a process of its own, so that peak memory is its own. A step is forward, losses, backward,
-clipping and AdamW. With a GPU, `--device cuda` takes 800 x 1333 pictures, batches of 1, 2, 4 and 8, float32 and
-bfloat16, unless told otherwise. Random weights and people: time does not depend on them.
+clipping and AdamW. With a GPU, `--device cuda` takes 800 x 1333 pictures, batches of 1, 2, 4, 8 and 16,
+float32 and bfloat16, unless told otherwise. Random weights and people: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def measure_step(args: argparse.Namespace) -> dict:
     model = build_model(args.preset, args.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.compile:
+        model.compile()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     pixels = torch.randn(args.batch, 3, height, width, device=args.device)
     labels = [random_people(PEOPLE[i % 8], height, width, i, args.device) for i in range(args.batch)]
@@ -175,10 +178,11 @@ def run(order: str, args: argparse.Namespace, **options: object) -> dict | None:
 
 def compare_steps(args: argparse.Namespace) -> None:
     ours = run("hpetr", args)
-    literal = None if args.skip_literal else run("literal", args, gradient_checkpointing=False)
-    checkpointing = ", hpetr with gradient checkpointing" if args.gradient_checkpointing else ""
+    literal = None if args.skip_literal else run("literal", args, gradient_checkpointing=False, compile=False)
+    options = ", hpetr with gradient checkpointing" if args.gradient_checkpointing else ""
+    options += ", hpetr compiled" if args.compile else ""
     place = "GPU" if args.device == "cuda" else f"{args.threads} threads"
-    print(f"{args.preset}, batch {args.batch} of {args.size}, {place}, {args.precision}{checkpointing}")
+    print(f"{args.preset}, batch {args.batch} of {args.size}, {place}, {args.precision}{options}")
     if ours is None:
         print("hpetr: out of memory")
         return
@@ -212,12 +216,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="h-petr-r50")
     parser.add_argument("--size", help="height x width; 640x640, on a GPU 800x1333")
-    parser.add_argument("--batch", type=int, help="pictures; 2, on a GPU 1, 2, 4 and 8")
+    parser.add_argument("--batch", type=int, help="pictures; 2, on a GPU 1, 2, 4, 8 and 16")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="float32; on a GPU both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="steps to take the median of, after one to warm up")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in hpetr's order")
+    parser.add_argument("--compile", action="store_true", help="hpetr's order through torch.compile")
     parser.add_argument("--skip-literal", action="store_true")
     parser.add_argument(
         "--joint-decoder", action="store_true", help="only the joint decoder, for growing numbers of poses"
@@ -229,7 +234,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     gpu = args.device == "cuda"
     args.size = args.size or ("800x1333" if gpu else "640x640")
-    batches = [args.batch] if args.batch else [1, 2, 4, 8] if gpu else [2]
+    batches = [args.batch] if args.batch else [1, 2, 4, 8, 16] if gpu else [2]
     precisions = [args.precision] if args.precision else ["float32", "bfloat16"] if gpu else ["float32"]
     args.batch, args.precision = batches[0], precisions[0]
     task: Callable[[argparse.Namespace], dict] = measure_joint_decoder if args.joint_poses else measure_step
