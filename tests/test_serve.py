@@ -196,6 +196,12 @@ def test_pages_about_the_server(server: ServerProcess, predictor: PosePredictor)
     assert not re.findall(r"https?://|src=|@import", page.decode()), "the page asks nobody else"
 
 
+def test_only_this_machine_gets_in(server: ServerProcess) -> None:
+    with pytest.raises(OSError, match=r"."):  # an address that is this machine's too, but not the one it listens on
+        socket.create_connection(("127.0.0.2", server.port), 5)
+    assert "other machines" not in server.output()
+
+
 def metrics(server: ServerProcess) -> dict[str, float]:
     lines = server.get("/metrics")[2].decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}

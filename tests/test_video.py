@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +29,7 @@ from clips import HEIGHT, RATE, SAMPLES, WIDTH, make_clip, numbered, read_clip, 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, PosePredictor
 from hpetr.checkpoint import save_checkpoint
 from hpetr.cli import app
+from hpetr.cli_video import predict_and_report
 from hpetr.video.run import VideoOptions, predict_videos
 from training_runs import SMALL_MODEL
 
@@ -388,6 +391,32 @@ def test_poses_alone(model: Path, clip: Path, tmp_path: Path) -> None:
     assert len(lines) == 60
     assert [len(pose["keypoints"]) for pose in lines[59]["poses"]] == [51] * 10
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
+def test_a_terminal_shows_progress_and_frames_per_second(
+    predictor: PosePredictor, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pty
+
+    reading, writing = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # a terminal's end
+            while True:
+                shown.append(os.read(reading, 4096))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with open(writing, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        predict_and_report(predictor, [str(clip)], tmp_path / "out", None, VideoOptions())
+    reader.join()
+    os.close(reading)
+    assert re.search(r"…\S*/clip0/clip\.mp4 .*60/60.* \d+\.\d frames/s", b"".join(shown).decode()), shown
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

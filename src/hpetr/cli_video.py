@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hpetr.predict import PosePredictor
 
 INTERRUPTED = 130
+# Of a path only the end stands before the bar, so that all of it fits into 80 columns.
+NAME_LENGTH = 24
 
 
 def predict_and_report(
@@ -103,7 +105,8 @@ class _VideoBar(Progress):
     def start(self, name: str, expected: int | None) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name.replace("[", r"\["), total=expected)
+        shown = name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
+        self._task = self._bar.add_task(shown.replace("[", r"\["), total=expected)
 
     def advance(self, frames: int) -> None:
         if self._task is not None:
