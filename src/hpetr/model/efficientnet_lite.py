@@ -59,8 +59,9 @@ class AlignedConv2d(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         before = (kernel - stride) // 2
-        even = x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0
-        if self.groups > 1 and stride == 2 and even and not torch.is_grad_enabled():
+        # A traced graph has to stay free of conditions on the size; compilers spare the copy by themselves.
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if eager and self.groups > 1 and stride == 2 and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0:
             return F.conv2d(x, F.pad(weight, (1, 0, 1, 0)), bias, self.stride, before + 1, 1, self.groups)
         x = F.pad(x, (before, kernel - 1 - before, before, kernel - 1 - before))
         return F.conv2d(x, weight, bias, self.stride, 0, 1, self.groups)

@@ -140,8 +140,8 @@ class Pyramid(nn.Module):
         for name, source, lateral, smooth in zip(
             FPN[1:], self.sources[1:], self.lateral[1:], self.smooth, strict=False
         ):
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            x = smooth(x + lateral(trunk[source]))
+            beside = lateral(trunk[source])  # twice as large
+            x = smooth(beside + F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=False))
             maps[name] = x
         return maps
 
@@ -210,9 +210,8 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
     ) -> BackboneOutput:
         """The maps of `config.out_features`; the other arguments are transformers' and have no effect here."""
         height, width = pixel_values.shape[-2:]
-        pixels = pixel_values
-        if height % 32 or width % 32:
-            pixels = F.pad(pixels, (0, -width % 32, 0, -height % 32))
+        whole = height % 32 == 0 and width % 32 == 0
+        pixels = pixel_values if whole else F.pad(pixel_values, (0, -width % 32, 0, -height % 32))
         maps = self._trunk(pixels.contiguous(memory_format=torch.channels_last))
         if self.pyramid is not None:
             maps |= self.pyramid(maps)
@@ -221,12 +220,13 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             pairs = {name: cast(Head, head)(finest) for name, head in self.heads.items()}
             scaled = [output * HEADS[name][1] for name, (_, output) in pairs.items()]
             maps["heads4"] = torch.cat([finest, *(hidden for hidden, _ in pairs.values()), *scaled], 1)
-            if "heads8" in self.config.out_features:
+            if "heads8" in self.out_features:
                 maps["heads8"] = _cells_together(maps["heads4"])
-        cut = [
-            maps[name][..., : -(-height // MAPS[name][0]), : -(-width // MAPS[name][0])] for name in self.out_features
-        ]
-        return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(cut)))
+        wanted = [maps[name] for name in self.out_features]
+        if not whole:
+            strides = [MAPS[name][0] for name in self.out_features]
+            wanted = [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(wanted, strides, strict=True)]
+        return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
 
 
 AutoConfig.register(MoveNetConfig.model_type, MoveNetConfig, exist_ok=True)
