@@ -28,7 +28,7 @@ READERS_OWN = re.compile(
 NOT_THERE = re.compile(r"no such|cannot be read|cannot read|is missing|not found")
 PLACEHOLDER = re.compile(r"\[|<|\.\.\.|(?<![\w-])[A-Z][A-Z_]{2,}")  # DIR, [--option N], INPUTS...: a synopsis
 # Programs that say nothing about hpetr.
-OTHERS = {"cd", "git", "hf"}
+OTHERS = {"cd", "export", "git", "hf"}
 
 
 def commands_of(block: str, language: str) -> list[str]:

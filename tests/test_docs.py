@@ -118,8 +118,10 @@ def test_page_runs(reader: Path, page: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_the_text_names_exists(page: Path) -> None:
+def test_what_the_text_names_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = prose(page)
+    for command in re.findall(r"`(python (?:benchmarks|docs)/[^`]+)`", text):
+        doc_commands.run(command, monkeypatch)
     for command in re.findall(r"`(hpetr [^`]+)`", text):
         doc_commands.check_synopsis(command)
     for name in OUR_FILES.findall(page.read_text(encoding="utf-8")):
