@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -165,11 +168,28 @@ def test_commands_of_the_page_are_valid() -> None:
     recipe, *overrides = shlex.split(line)
     options = load_recipe(ROOT / recipe, overrides).model.options
     assert HPetrConfig.preset("petr-r50", **options).backbone_config.downsample_in_bottleneck
-    lines = re.findall(r"^(?:torchrun .* -m hpetr\.cli train|sbatch \S+) (.+)$", PAGE, re.MULTILINE)
+    lines = re.findall(r"^(?:torchrun .* -m hpetr\.cli train|sbatch \S+/train\.sbatch) (.+)$", PAGE, re.MULTILINE)
     assert len(lines) == 2
     for line in lines:
         recipe, *overrides = shlex.split(line)
         load_recipe(ROOT / recipe, overrides)
+
+
+def test_slurm_evaluation_runs(tmp_path: Path) -> None:
+    """Where the script asks SLURM to start a program, this machine starts it."""
+    script = ROOT / "examples" / "slurm" / "eval.sbatch"
+    usage = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert usage.returncode == 2
+    assert "[CHECKPOINT] DATA" in usage.stderr
+    (tmp_path / "srun").write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    places = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**os.environ, "PATH": os.pathsep.join(places), "SLURM_GPUS_ON_NODE": "2"}
+    data, output = ROOT / "examples" / "tiny-coco", tmp_path / "eval.json"
+    command = ["bash", script, "h-petr-nano", data, "--limit", "2", "--output", output]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "eval.metrics.json").read_text())["processes"] == 2
 
 
 def test_slurm_script() -> None:

@@ -74,6 +74,12 @@ def test_bad_runs_end_before_any_training(tmp_path: Path) -> None:
         train(small_recipe(tmp_path / "c", "train.arguments={save_steps: 1}"))
     with pytest.raises(InputError, match="fsdp needs GPUs"):
         train(small_recipe(tmp_path / "c", "train.arguments={fsdp: true}"))
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for config in (tmp_path / "zero.json", "{zero_optimization: {stage: 3}}"):
+        with pytest.raises(InputError, match="deepspeed's stage 3 .*expected stage 1 or 2, or fsdp"):
+            train(small_recipe(tmp_path / "c", f"train.arguments={{deepspeed: {config}}}"))
+    with pytest.raises(InputError, match=r"deepspeed: none.json: cannot be read as JSON"):
+        train(small_recipe(tmp_path / "c", "train.arguments={deepspeed: none.json}"))
     with pytest.raises(InputError, match=r"data.sigmas: 3 numbers, expected 17"):
         train(small_recipe(tmp_path / "c", "data.sigmas=[0.1, 0.1, 0.1]"))
     assert not (tmp_path / "a").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -252,6 +253,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise InputError(f"train.arguments: unknown argument {name!r}, {hint}")
         if name in ours:
             raise InputError(f"train.arguments: {name!r} is set by the recipe's own keys")
+    if _deepspeed_stage(settings.arguments.get("deepspeed")) > 2:
+        raise InputError(
+            "train.arguments: deepspeed's stage 3 builds the model in pieces, which take no weights to start from; "
+            "expected stage 1 or 2, or fsdp"
+        )
     sharding = [name for name in ("fsdp", "deepspeed") if settings.arguments.get(name)]
     if sharding and not torch.cuda.is_available():
         raise InputError(f"train.arguments: {sharding[0]} needs GPUs, and there is none here")
@@ -270,6 +276,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "for all of them: torchrun --nproc_per_node gpu -m hpetr.cli train ..."
         )
     return arguments
+
+
+def _deepspeed_stage(config: Any) -> int:
+    """Of ZeRO; `config` is DeepSpeed's configuration, or the path of a JSON with it, or None."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"train.arguments: deepspeed: {config}: cannot be read as JSON ({error})") from None
+    values = config.get("zero_optimization") if isinstance(config, dict) else None
+    return values.get("stage", 0) if isinstance(values, dict) else 0
 
 
 def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
