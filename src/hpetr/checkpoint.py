@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from hpetr.data.processor import HPetrImageProcessor
@@ -90,10 +91,7 @@ def load_checkpoint(
     chosen = resolve_device(device)
     config = load_config(folder)
     _check_files(folder)
-    try:
-        processor = HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / PROCESSOR}: {_first_line(error)}") from error
+    processor = load_processor(folder)
     return _load_model(folder, config).eval().to(chosen), processor
 
 
@@ -108,15 +106,34 @@ def load_config(folder: Path) -> HPetrConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{folder}: has no {CONFIG}, expected a checkpoint folder of hpetr") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from error
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != HPetrConfig.model_type:
         raise InputError(f"{path}: model_type is {model_type!r}, expected {HPetrConfig.model_type!r}")
+    return config_from(values, str(path))
+
+
+def config_from(values: dict[str, Any], where: str) -> HPetrConfig:
+    """A configuration from its dict; InputError, which begins with `where`, when a value is not valid."""
     try:
         return HPetrConfig.from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: {_first_line(error)}") from error
+    except Exception as error:  # transformers reads keys of its own, each in its way
+        raise InputError(f"{where}: {_first_line(error)}") from error
+
+
+def load_processor(folder: Path) -> HPetrImageProcessor:
+    """The folder's image processor.
+
+    Raises:
+        InputError: it is missing or not valid.
+    """
+    if not (folder / PROCESSOR).is_file():
+        raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside {CONFIG} (processor.save_pretrained)")
+    try:
+        return HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers reads keys of its own, each in its way
+        raise InputError(f"{folder / PROCESSOR}: {_first_line(error)}") from error
 
 
 def _check_files(folder: Path) -> None:
@@ -124,12 +141,55 @@ def _check_files(folder: Path) -> None:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         hint = f"; {pickled[0]} is pickled and never loaded" if pickled else ""
         raise InputError(f"{folder}: has no {WEIGHTS}{hint}")
-    if not (folder / PROCESSOR).is_file():
-        raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside the model (processor.save_pretrained)")
+
+
+def build_shapes(config: HPetrConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors, without any memory for them.
+
+    Raises:
+        InputError: no model can be built of this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: tuple(t.shape) for name, t in HPetrForPoseEstimation(config).state_dict().items()}
+    except Exception as error:  # modules check what they are made of, each in its way
+        raise InputError(f"config: no model can be built of it ({_first_line(error)})") from error
+
+
+def _check_size(folder: Path, config: HPetrConfig) -> None:
+    """Refuse weights that are less than the configuration asks for, before there is memory for what it asks."""
+    try:
+        expected = build_shapes(config)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from error
+    stored: dict[str, list[int]] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as content:
+            stored |= {name: content.get_slice(name).get_shape() for name in content.keys()}
+    if sum(map(math.prod, expected.values())) > sum(map(math.prod, stored.values())):
+        missing = expected.keys() - stored.keys()
+        wrong = missing or {name for name in expected if list(expected[name]) != list(stored[name])}
+        raise InputError(_misfit(folder, "is missing" if missing else "has another shape", wrong))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The file of the weights, or those that its index names, which are all in the folder."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))
+    names = sorted(set(index["weight_map"].values()))
+    if not names or any(Path(name).name != name or not (folder / name).is_file() for name in names):
+        raise ValueError(f"{WEIGHTS}.index.json names files that are not in the folder")
+    return [folder / name for name in names]
+
+
+def _misfit(folder: Path, problem: str, names: Collection[str]) -> str:
+    return f"{folder / WEIGHTS}: tensor {min(names)!r} {problem} ({len(names)} such), expected the weights of {CONFIG}"
 
 
 def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
     try:
+        _check_size(folder, config)
         with quiet_transformers():
             # Tensors that are missing or of another shape are filled with random numbers; the report tells which.
             loaded: Any = HPetrForPoseEstimation.from_pretrained(
@@ -141,7 +201,9 @@ def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, torch and transformers: a file may hold anything
         raise InputError(f"{folder / WEIGHTS}: cannot be read, truncated? ({_first_line(error)})") from error
     model, report = loaded
     for problem, keys in (
@@ -150,11 +212,17 @@ def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
         ("has another shape", [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]),
     ):
         if keys:
-            raise InputError(
-                f"{folder / WEIGHTS}: tensor {min(keys)!r} {problem} ({len(keys)} such), expected the weights of "
-                f"{CONFIG}"
-            )
+            raise InputError(_misfit(folder, problem, keys))
+    _check_finite(folder, model)
     return model
+
+
+def _check_finite(folder: Path, model: HPetrForPoseEstimation) -> None:
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
+    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
+    if not bool(largest.isfinite().all()):
+        name = list(tensors)[int((~largest.isfinite()).nonzero()[0])]
+        raise InputError(f"{folder / WEIGHTS}: tensor {name!r} holds NaN or infinity, expected finite numbers")
 
 
 @contextmanager
@@ -172,7 +240,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def save_checkpoint(

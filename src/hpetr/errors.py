@@ -9,13 +9,17 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input from the user: one line that names the file, the field and what was expected.
 
-    The command line prints it and ends with exit code 2.
+    The command line prints it and ends with exit code 2. Names of files and of what is in them may hold anything: line
+    breaks and a terminal's control characters are shown as escapes.
 
     Attributes:
         alone: of several processes only this one has the error; otherwise all have the same.
     """
 
     alone = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:

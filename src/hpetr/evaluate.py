@@ -17,7 +17,7 @@ from typing import Any, Literal
 import hotcoco
 
 from hpetr import processes
-from hpetr.data.annotations import AREA_OF_BOX, load_annotations
+from hpetr.data.annotations import AREA_OF_BOX, load_annotations, short
 from hpetr.data.dataset import PoseDataset
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
@@ -27,6 +27,7 @@ from hpetr.predict import predict_batch
 from hpetr.results import write_json
 from hpetr.skeleton import CROWDPOSE, Skeleton
 
+IMAGE_KEYS = {"id", "width", "height"}
 # COCO's figures in the protocol's order, and hotcoco's names of the same figures.
 METRICS = {
     "AP": "AP",
@@ -282,10 +283,8 @@ def coco_metrics(
     truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
     annotations = []
     for annotation in truth["annotations"]:
-        keypoints = _keypoints(annotation, len(sigmas))
-        labelled = sum(visibility > 0 for visibility in keypoints[2::3])
-        area = {"area": _area(annotation)}
-        annotations.append({"iscrowd": 0, **area, **annotation, "keypoints": keypoints, "num_keypoints": labelled})
+        area = annotation.get("area", _area(annotation))
+        annotations.append(_annotation(annotation, len(sigmas), area))
     (figures,) = _figures({**truth, "annotations": annotations}, results, sigmas, [image_ids])
     return figures
 
@@ -318,15 +317,13 @@ def crowdpose_metrics(
     truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
     annotations = []
     for annotation in truth["annotations"]:
-        keypoints = _keypoints(annotation, len(sigmas))
-        counted = {"num_keypoints": sum(visibility > 0 for visibility in keypoints[2::3])}
-        annotations.append({"iscrowd": 0, **counted, **annotation, "keypoints": keypoints, "area": _area(annotation)})
+        complete = _annotation(annotation, len(sigmas), _area(annotation))
+        annotations.append({**complete, "num_keypoints": _own_number(annotation, complete["num_keypoints"])})
     levels = crowd_levels(truth)
     if image_ids is not None:
         chosen = set(image_ids)
         levels = {level: [image_id for image_id in ids if image_id in chosen] for level, ids in levels.items()}
-    complete = {**truth, "annotations": annotations}
-    whole, *parts = _figures(complete, results, sigmas, [image_ids, *levels.values()])
+    whole, *parts = _figures({**truth, "annotations": annotations}, results, sigmas, [image_ids, *levels.values()])
     by_level = {f"AP({level})": part["AP"] for level, part in zip(levels, parts, strict=True)}
     return {name: whole[name] for name in CROWDPOSE_METRICS} | by_level
 
@@ -367,7 +364,13 @@ def _figures(
     figures = []
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # hotcoco warns that sigmas other than COCO's are not COCO's
-        coco = hotcoco.COCO(truth)
+        coco = hotcoco.COCO(
+            {
+                "images": [{key: v for key, v in image.items() if key in IMAGE_KEYS} for image in truth["images"]],
+                "annotations": truth["annotations"],
+                "categories": [{"id": item["id"], "name": str(item["id"])} for item in truth["categories"]],
+            }
+        )
         poses = coco.load_res([dict(result) for result in results])
         for image_ids in selections:
             if image_ids is not None and not image_ids:  # an empty list would mean all of them
@@ -385,9 +388,26 @@ def _figures(
     return figures
 
 
-def _keypoints(annotation: Mapping[str, Any], num_keypoints: int) -> list[float]:
-    """3 K numbers; crowds may lack them."""
-    return annotation.get("keypoints") or [0] * (3 * num_keypoints)
+def _annotation(annotation: Mapping[str, Any], num_keypoints: int, area: float) -> dict[str, Any]:
+    """What the evaluation reads of an annotation, which may have other keys of any content. Crowds may lack keypoints."""
+    keypoints = annotation.get("keypoints") or [0] * (3 * num_keypoints)
+    return {
+        **{key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")},
+        "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+        "area": area,
+        "keypoints": keypoints,
+        "num_keypoints": sum(visibility > 0 for visibility in keypoints[2::3]),
+    }
+
+
+def _own_number(annotation: Mapping[str, Any], counted: int) -> int:
+    """The file's `num_keypoints`, where it gives one."""
+    number = annotation.get("num_keypoints", counted)
+    if not isinstance(number, int) or not 0 <= number < 2**31:
+        raise InputError(
+            f"annotation {annotation['id']}: 'num_keypoints' is {short(number)}, expected a whole number from 0"
+        )
+    return number
 
 
 def _area(annotation: Mapping[str, Any]) -> float:

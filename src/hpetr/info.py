@@ -11,7 +11,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import hpetr
-from hpetr.checkpoint import BUNDLED, CONFIG, PROCESSOR, bundled_checkpoint, load_config, resolve_checkpoint
+from hpetr.checkpoint import BUNDLED, bundled_checkpoint, load_config, load_processor, resolve_checkpoint
 from hpetr.data.images import keep_ratio_size
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
@@ -91,9 +91,7 @@ def _config_and_processor(target: str) -> tuple[HPetrConfig, HPetrImageProcessor
     if not bundled and not is_hub_place(target) and not os.path.exists(target):
         raise InputError(f"{target}: neither a checkpoint folder nor a preset, expected one of {', '.join(PRESETS)}")
     folder = resolve_checkpoint(target)
-    if not (folder / PROCESSOR).is_file():
-        raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside {CONFIG}")
-    return load_config(folder), HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
+    return load_config(folder), load_processor(folder)
 
 
 def environment_info() -> dict[str, str]:

@@ -15,7 +15,7 @@ from hpetr.errors import InputError, suggestion
 class Strict(BaseModel):
     """Unknown keys are errors: a misspelt learning rate must not train for a week with the default."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Strict):
@@ -187,7 +187,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        recipe_values(recipe)
+        return recipe
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: {error.object!r} is half of a surrogate pair, expected text") from None
     except ValidationError as error:
         raise InputError(f"{path}: {_first_problem(error)}") from None
 

@@ -42,6 +42,9 @@ class Skeleton:
         count = len(self.names)
         if count == 0:
             raise InputError("skeleton: names is empty, expected at least one keypoint name")
+        for name in self.names:
+            if not is_text(name):
+                raise InputError(f"skeleton: name {name!r} is half of a surrogate pair, expected text")
         if len(set(self.names)) != count:
             raise InputError(f"skeleton: names repeat ({_first_repeated(self.names)!r}), expected distinct names")
         if len(self.sigmas) != count:
@@ -161,6 +164,15 @@ class Skeleton:
             raise InputError(f"{label}: {error}") from error
         except (TypeError, ValueError) as error:
             raise InputError(f"{label}: expected 'skeleton' pairs of 1-based indices, numbers in 'sigmas'") from error
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written: JSON and YAML can also hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def known_skeleton(names: Sequence[str]) -> Skeleton | None:

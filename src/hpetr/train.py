@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from hpetr import processes
 from hpetr.card import is_own_text
-from hpetr.checkpoint import load_checkpoint
+from hpetr.checkpoint import build_shapes, config_from, load_checkpoint
 from hpetr.data.check import shared_pictures
 from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError, suggestion
@@ -183,9 +183,13 @@ def build_model(
         config = HPetrConfig.preset(recipe.model.preset, **{**of_data, **recipe.model.options})
     else:
         start, _ = load_checkpoint(recipe.model.weights, "cpu")
-        config = HPetrConfig.from_dict({**start.config.to_dict(), **of_data, **recipe.model.options})
+        config = config_from({**start.config.to_dict(), **of_data, **recipe.model.options}, "model.options")
     if checkpoint is not None:
         check_same_run(checkpoint, recipe, config)
+    try:
+        build_shapes(config)
+    except InputError as error:
+        raise InputError(f"model.options: {error}") from error
     model = HPetrForPoseEstimation(config)
     source = recipe.model.backbone_weights or ("imagenet" if recipe.model.weights == "imagenet" else None)
     told = ""

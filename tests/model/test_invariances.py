@@ -260,5 +260,5 @@ def test_bad_labels(field: str, value: Tensor | None, message: str) -> None:
 def test_bad_configuration(overrides: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         HPetrConfig.preset("h-petr-nano", **overrides)
-    with pytest.raises(InputError, match="expected one of petr-r50"):
+    with pytest.raises(InputError, match="unknown name 'petr-r34', did you mean 'petr-r50'"):
         HPetrConfig.preset("petr-r34")

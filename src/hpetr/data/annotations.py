@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpetr.errors import InputError
+from hpetr.skeleton import is_text
 
 # The mean ratio of a COCO person's segmented area to that of the box; the scale of OKS when a file gives no area.
 AREA_OF_BOX = 0.53
@@ -278,7 +279,10 @@ def _read_categories(path: Path, items: list[dict[str, Any]]) -> list[dict[str, 
     log = ProblemLog()
     ids = [log.field(item, "id", int, f"{path}: categories", "a whole number") for item in items]
     for item in categories:
-        log.field(item, "keypoints", list, f"{path}: category {item.get('id')}", "the list of keypoint names")
+        where = f"{path}: category {item.get('id')}"
+        log.field(item, "keypoints", list, where, "the list of keypoint names")
+        if not is_text(str(item.get("name"))):
+            log.add("wrong 'name'", where, f"'name' is {short(item['name'])}, expected text")
     raise_first(log.problems)
     if len(set(ids)) != len(ids):
         raise InputError(f"{path}: categories: an 'id' occurs twice, expected distinct ids")

@@ -388,7 +388,7 @@ def _files_in(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return set()
 
 

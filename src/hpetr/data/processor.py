@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+# A square batch of one picture takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
+MAX_SIDE = 8_192
 
 
 class PoseOutputs(Protocol):
@@ -104,8 +106,10 @@ class HPetrImageProcessor(BaseImageProcessor):
         self.image_std = _checked_channels("image_std", image_std)
         if not all(0 < std <= 1 for std in self.image_std) or not all(0 <= mean <= 1 for mean in self.image_mean):
             raise InputError("image processor: image_mean and image_std are for pixels in 0..1: divide by 255")
-        if not _is_whole(pad_size_divisor) or pad_size_divisor < 1:
-            raise InputError(f"image processor: pad_size_divisor is {pad_size_divisor!r}, expected a whole number >= 1")
+        if not _is_whole(pad_size_divisor) or not 1 <= pad_size_divisor <= MAX_SIDE:
+            raise InputError(
+                f"image processor: pad_size_divisor is {pad_size_divisor!r}, expected a whole number in 1..{MAX_SIDE:,}"
+            )
         self.pad_size_divisor = int(pad_size_divisor)
         if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
             raise InputError(f"image processor: threshold is {threshold!r}, expected a number in 0..1")
@@ -181,9 +185,11 @@ class HPetrImageProcessor(BaseImageProcessor):
             keypoints, `labels` (n) int64.
 
         Raises:
-            InputError: there are not as many target sizes as pictures.
+            InputError: there are not as many target sizes as pictures, or poses that are NaN or infinite.
         """
         scores, poses = outputs.scores.float(), outputs.poses.float()  # half precision holds no pixel of 1333
+        if not bool(scores.isfinite().all()) or not bool(poses.isfinite().all()):
+            raise InputError("the model's poses are no finite numbers, its weights are damaged or were never trained")
         sizes = torch.as_tensor(target_sizes, dtype=poses.dtype, device=poses.device)  # (B, 2)
         if sizes.shape != (len(scores), 2):
             raise InputError(
@@ -235,8 +241,8 @@ def _is_whole(value: Any) -> bool:
 def _checked_size(size: Any) -> dict[str, int]:
     if not isinstance(size, Mapping) or set(size) != set(DEFAULT_SIZE):
         raise InputError(f"image processor: size is {size!r}, expected the keys {' and '.join(DEFAULT_SIZE)}")
-    if not all(_is_whole(side) and side > 0 for side in size.values()):
-        raise InputError(f"image processor: size is {dict(size)}, expected positive whole numbers of pixels")
+    if not all(_is_whole(side) and 0 < side <= MAX_SIDE for side in size.values()):
+        raise InputError(f"image processor: size is {dict(size)}, expected positive whole numbers up to {MAX_SIDE:,}")
     if size["longest_edge"] < size["shortest_edge"]:
         raise InputError(f"image processor: size is {dict(size)}, expected longest_edge >= shortest_edge")
     return {name: int(size[name]) for name in DEFAULT_SIZE}

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from hpetr.data.annotations import AREA_OF_BOX, ImageRecord, PoseAnnotations, ProblemLog, RowCheck, short
 from hpetr.data.images import load_image
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO
+from hpetr.skeleton import COCO, is_text
 
 SPLITS = ("train", "val", "test")
 # A coordinate this far outside 0..1 is in pixels or of another format; one that is nearer overhangs the picture.
@@ -217,6 +217,8 @@ def _class_names(path: Path, values: dict[str, Any]) -> list[str]:
         names = [names[label] for label in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"{path}: 'names' is {short(names)}, expected the class names, e.g. {{0: person}}")
+    if wrong := [name for name in names if not is_text(str(name))]:
+        raise InputError(f"{path}: 'names' has {short(wrong[0])}, expected text")
     return [str(name) for name in names]
 
 

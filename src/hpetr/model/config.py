@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -69,6 +71,54 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Beyond every model that somebody will train, and low enough that a wrong number is told before it takes all memory.
+MOST, MOST_LAYERS = 65_536, 1_000
+MAY_BE_ZERO = {"num_frozen_stages", "num_one_to_many_queries"}
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise InputError for a number or switch of `HPetrConfig` that is none, or out of its range."""
+    for name, value in values.items():
+        kind = HPetrConfig.__annotations__[name]
+        if kind == "int":
+            most = MOST_LAYERS if name.endswith("_layers") or name.endswith("_levels") else MOST
+            _check_whole(name, value, 0 if name in MAY_BE_ZERO else 1, most)
+        elif kind == "bool" and not isinstance(value, bool):
+            raise InputError(f"config: {name} is {value!r}, expected true or false")
+        elif kind == "float":
+            share = name.endswith("dropout")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < (1 if share else math.inf):
+                raise InputError(f"config: {name} is {value!r}, expected a number {'in 0..1' if share else 'from 0'}")
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise InputError(f"config: {name} is {value!r}, expected a whole number in {least}..{most:,}")
+
+
+def _backbone(values: Any) -> PreTrainedConfig:
+    """The configuration of a backbone that is one already, or of a dict with `model_type`.
+
+    Raises:
+        InputError: no such backbone, a value that it refuses, or a number that no backbone has.
+    """
+    if isinstance(values, PreTrainedConfig):
+        return values
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise InputError(f"config: backbone_config is {str(values)[:60]!r}, expected a mapping with model_type")
+    for name, value in values.items():
+        layers = name in ("depths", "num_hidden_layers", "num_layers")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > (MOST_LAYERS if layers else MOST):
+                raise InputError(f"config: backbone_config.{name} is {value!r}, expected sizes of a backbone")
+    try:
+        return AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+    except Exception as error:  # each configuration checks its values in its own way
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise InputError(f"config: backbone_config: {reason[:300]}") from error
+
+
 class HPetrConfig(PreTrainedConfig):
     """Everything that defines the architecture and the loss of a model.
 
@@ -129,26 +179,29 @@ class HPetrConfig(PreTrainedConfig):
         # Registers our own backbones with the Auto classes before a sub-config may name one.
         from hpetr.model import efficientnet_lite, movenet  # noqa: F401
 
-        backbone = RESNET_50 if self.backbone_config is None else self.backbone_config
-        if isinstance(backbone, dict):
-            backbone = dict(backbone)
-            backbone = AutoConfig.for_model(backbone.pop("model_type"), **backbone)
-        self.backbone_config = backbone
+        check_numbers({name: getattr(self, name) for name in HPetrConfig.__annotations__})
+        self.backbone_config = _backbone(RESNET_50 if self.backbone_config is None else self.backbone_config)
         if self.skeleton is None:
             skeleton = COCO if self.num_keypoints == COCO.num_keypoints else Skeleton.generic(self.num_keypoints)
             self.skeleton = skeleton.to_dict()
-        if len(self.skeleton["names"]) != self.num_keypoints:
-            raise InputError(
-                f"config: skeleton has {len(self.skeleton['names'])} joints, expected num_keypoints = "
-                f"{self.num_keypoints}"
-            )
+        names = self.skeleton.get("names") if isinstance(self.skeleton, dict) else None
+        if isinstance(names, list | tuple) and len(names) != self.num_keypoints:
+            raise InputError(f"config: skeleton has {len(names)} joints, expected num_keypoints = {self.num_keypoints}")
+        Skeleton.from_dict(self.skeleton)
         if self.d_model % self.num_heads or self.d_model % 4:
             raise InputError(
                 f"config: d_model = {self.d_model}, expected a multiple of 4 and of num_heads = {self.num_heads}"
             )
         if self.id2label is None and kwargs.get("num_labels") is None:
             self.id2label, self.label2id = {0: "person"}, {"person": 0}
-        super().__post_init__(**kwargs)
+        _check_whole("num_labels", kwargs.get("num_labels") or 1, 1, MOST)
+        try:
+            super().__post_init__(**kwargs)
+            labels = sorted(self.id2label or {})
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(f"config: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        if not labels or labels != list(range(len(labels))):
+            raise InputError(f"config: id2label has the labels {labels}, expected 0, 1, 2, ...")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> HPetrConfig:

@@ -130,7 +130,7 @@ class Service:
             model=self.name,
             classes=self.predictor.class_names,
             keypoint_names=list(skeleton.names),
-            edges=list(skeleton.edges),
+            edges=[list(edge) for edge in skeleton.edges],
             threshold=self.threshold,
             max_poses=config.num_poses,
             max_bytes=self.limits.max_bytes,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
 
 from hpetr.results import PoseResult
 
 PIXEL_DIGITS, SCORE_DIGITS = 3, 6
+# Lists of a fixed length: what is said of tuples (prefixItems) few readers of an OpenAPI description understand.
+Edge = Annotated[list[int], Field(min_length=2, max_length=2)]
+Box = Annotated[list[float], Field(min_length=4, max_length=4)]
 
 
 class Size(BaseModel):
@@ -30,7 +35,7 @@ class Pose(BaseModel):
 
     score: float = Field(description="0..1")
     label: str = Field(description="Name of the class.")
-    box: tuple[float, float, float, float] = Field(description="Left, top, right, bottom of the keypoints.")
+    box: Box = Field(description="Left, top, right, bottom of the keypoints.")
     keypoints: list[Keypoint] = Field(description="In the order of `keypoint_names`.")
 
 
@@ -41,7 +46,7 @@ class Prediction(BaseModel):
     image: Size
     threshold: float = Field(description="All poses have a higher score.")
     keypoint_names: list[str]
-    edges: list[tuple[int, int]] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
+    edges: list[Edge] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
     poses: list[Pose]
 
 
@@ -51,7 +56,7 @@ class ModelInfo(BaseModel):
     model: str
     classes: list[str]
     keypoint_names: list[str]
-    edges: list[tuple[int, int]] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
+    edges: list[Edge] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
     threshold: float = Field(description="Taken when a request names none.")
     max_poses: int = Field(description="The network gives at most so many.")
     max_bytes: int = Field(description="Of an upload.")
@@ -85,7 +90,7 @@ def to_prediction(result: PoseResult, model: str, class_names: list[str], thresh
         Pose(
             score=round(float(score), SCORE_DIGITS),
             label=class_names[label] if label < len(class_names) else str(label),
-            box=(pixel(box[0]), pixel(box[1]), pixel(box[2]), pixel(box[3])),
+            box=[pixel(side) for side in box],
             keypoints=[
                 Keypoint(
                     name=name,
@@ -106,6 +111,6 @@ def to_prediction(result: PoseResult, model: str, class_names: list[str], thresh
         image=Size(width=width, height=height),
         threshold=threshold,
         keypoint_names=list(names),
-        edges=list(result.skeleton.edges),
+        edges=[list(edge) for edge in result.skeleton.edges],
         poses=poses,
     )

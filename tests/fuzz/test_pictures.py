@@ -1,0 +1,71 @@
+"""Pictures of any content."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import inputs, mutated_bytes, success_or_one_line
+from PIL import Image
+
+from hpetr import InputError
+from hpetr.data.images import load_image
+from hpetr.data.yolo import picture_size
+
+FORMATS = {
+    "jpg": {"quality": 80, "exif": True},
+    "progressive.jpg": {"quality": 80, "progressive": True},
+    "png": {"exif": True},
+    "palette.png": {},
+    "webp": {},
+    "gif": {},
+    "bmp": {},
+    "tif": {"compression": "tiff_lzw"},
+}
+
+
+def encoded(name: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (17, 23, 3), dtype=np.uint8)
+    picture = Image.fromarray(np.repeat(np.repeat(pixels, 2, 0), 2, 1))
+    if name.startswith("palette"):
+        picture = picture.quantize(16)
+    options = dict(FORMATS[name])
+    if options.pop("exif", False):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+        options["exif"][0x010E] = "description"
+    buffer = io.BytesIO()
+    suffix = name.rpartition(".")[2]
+    picture.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@inputs(20, 20_000)
+@given(data=st.data())
+def test_pictures(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{name}"
+    path.write_bytes(data.draw(mutated_bytes(encoded(name), 4, first=200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata
+        with success_or_one_line(f"pictures, {name}"):
+            picture = load_image(path)
+            assert picture.dtype == np.uint8
+            assert picture.ndim == 3
+            assert picture.shape[2] == 3
+            # What only looks at a header must not disagree with what decodes.
+            assert picture_size(path) == (picture.shape[1], picture.shape[0])
+
+
+@inputs(20, 5_000)
+@given(content=st.binary(max_size=64))
+def test_other_files(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path: Path = tmp_path_factory.getbasetemp() / "other.jpg"
+    path.write_bytes(content)
+    with success_or_one_line("pictures, bytes at random"), pytest.raises(InputError):
+        load_image(path)
