@@ -163,8 +163,10 @@ def predict(
         from hpetr.video.run import check_video_outputs
 
         check_video_outputs(videos, output, json_file, draw)
+    from hpetr.inference import keep_freed_memory
     from hpetr.predict import PosePredictor
 
+    keep_freed_memory()
     predictor = PosePredictor(checkpoint, device, threshold, precision=precision, compiled=compiled)
     if pictures:
         _predict_pictures(predictor, pictures, output, json_file, draw, batch_size, chosen)
@@ -282,9 +284,10 @@ def _evaluate_one(
     from hpetr.card import write_evaluation
     from hpetr.checkpoint import load_checkpoint
     from hpetr.evaluate import evaluate
-    from hpetr.inference import set_up_inference
+    from hpetr.inference import keep_freed_memory, set_up_inference
     from hpetr.predict import default_batch_size
 
+    keep_freed_memory()
     first = processes.rank() == 0
     model, processor = processes.together(lambda: load_checkpoint(checkpoint, device))
     size = batch_size or default_batch_size(model)

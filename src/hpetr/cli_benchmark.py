@@ -37,7 +37,9 @@ def benchmark_command(
         check_writable(json_file.parent)
     from hpetr.benchmark import benchmark, runs
     from hpetr.checkpoint import BUNDLED
+    from hpetr.inference import keep_freed_memory
 
+    keep_freed_memory()
     with _progress("Measuring", runs(max(repeats, 1))) as advance:
         result = benchmark(
             target or BUNDLED, pixels, batch, device, repeats, threads, image, advance, precision=precision

@@ -1,7 +1,8 @@
-"""What a trained network can be run with: a shorter arithmetic, and torch's compiler."""
+"""What a trained network can be run with: a shorter arithmetic, torch's compiler, memory that stays."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from hpetr.errors import InputError
 from hpetr.model.hpetr import HPetrForPoseEstimation
 
 Precision = Literal["float32", "bfloat16"]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_up_inference(
@@ -35,3 +37,20 @@ def set_up_inference(
     if compiled:
         model.compile(dynamic=True)
     return model
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep what tensors free for the tensors that follow; for programs that do little else.
+
+    glibc gives memory of large tensors back to the system, which then hands every page out anew: for h-petr-r50 and an
+    800 x 1216 picture 300,000 page faults, a fifth of the time on two cores. Afterwards the process stays as large as
+    it ever was.
+
+    Returns:
+        False where the C library is not glibc; nothing has changed then.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
