@@ -7,7 +7,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 DEMO_OUTPUT := outputs/demo
 
-.PHONY: help install browser demo test lint format sanitize bench docs figures clean
+.PHONY: help install browser demo test lint format fuzz sanitize bench docs figures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatting and safe fixes"
 	@echo "make sanitize  the C kernel under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz    many more inputs for tests/fuzz than make test tries"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"
 	@echo "make figures the pictures of docs/model.md, with the bundled checkpoint"
@@ -62,6 +63,11 @@ lint: $(INSTALLED_DEV)
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Hours of inputs: HPETR_FUZZ is the share of them to try, e.g. `make fuzz HPETR_FUZZ=0.01`.
+HPETR_FUZZ ?= 1
+fuzz: $(INSTALLED_DEV)
+	HPETR_FUZZ=$(HPETR_FUZZ) OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz
 
 sanitize: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/kernels/sanitize.py

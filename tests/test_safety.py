@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_a_checkpoint_to_resume_runs_no_code(tmp_path: Path) -> None:
         (checkpoint / name).write_bytes(whole)
     (checkpoint / "trainer_state.json").write_text('{"log_history": [{"epoch": 1}]}')
     refused("trainer_state.json: is not what a training writes")
+
+
+def test_names_that_look_like_styles_are_shown_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "[red]a[" / "red]", tmp_path / "x[" / "bold]"
+    shutil.copytree(checkpoint, folder)
+    shutil.copytree(TINY.parent, data)
+    info = CliRunner().invoke(app, ["info", str(folder)])
+    assert info.exit_code == 0, info.output
+    assert f"{folder}\n" in info.stdout
+    limits = ["--limit", "1", "--output", str(tmp_path / "e.json")]
+    evaluation = CliRunner().invoke(app, ["eval", str(folder), str(data), *limits])
+    assert evaluation.exit_code == 0, evaluation.output
+    assert f"{data / 'annotations.json'}: 1 picture" in evaluation.stdout
 
 
 # Python tells its audit hooks of every name that is looked up and every connection, also of the standard library and of

@@ -491,11 +491,13 @@ def _print_zoo(result: ZooResult, source: str) -> None:
 def _print_table(title: str, rows: Any, header: tuple[str, ...] = ()) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*header, title=title, title_justify="left", show_header=bool(header), box=box.SIMPLE)
+    # A folder may be called [bold], or worse [/bold], which rich would take for a style.
+    table = Table(*header, title=escape(title), title_justify="left", show_header=bool(header), box=box.SIMPLE)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(soft_wrap=True).print(table)
 
 

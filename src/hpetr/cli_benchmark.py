@@ -54,6 +54,7 @@ def print_benchmark(result: Benchmark) -> None:
     """Print a table of the stages, and below it what the shares refer to."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     weights = " (random weights)" if result.weights == "random" else ""
@@ -62,7 +63,7 @@ def print_benchmark(result: Benchmark) -> None:
         f"{result.model}{weights}: picture {picture}, network input {network}, batch {result.batch}\n{result.device}, "
         f"{result.threads} CPU threads, {result.precision}, {result.kernel} sampling kernel, {result.repeats} repeats"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
     table.add_column("stage", no_wrap=True)
     for head in ("ms", "quartiles", "share", "GFLOP", "sampling", "of matrix", "MB moved", "of copy"):
         table.add_column(head, justify="right", no_wrap=True)

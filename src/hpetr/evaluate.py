@@ -389,7 +389,7 @@ def _figures(
 
 
 def _annotation(annotation: Mapping[str, Any], num_keypoints: int, area: float) -> dict[str, Any]:
-    """What the evaluation reads of an annotation, which may have other keys of any content. Crowds may lack keypoints."""
+    """What the evaluation reads of an annotation, whose other keys may hold anything. Crowds may lack keypoints."""
     keypoints = annotation.get("keypoints") or [0] * (3 * num_keypoints)
     return {
         **{key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")},
