@@ -50,6 +50,7 @@ COCO_FILE = {
         {"id": 2, "name": "tree"},
     ],
 }
+MANY_PEOPLE = {**COCO_FILE, "annotations": [person(n, 1 + n % 2, area=60) for n in range(1, 31)]}
 CROWDPOSE_FILE = {
     **COCO_FILE,
     "images": [{**image, "crowdIndex": 0.4 * n} for n, image in enumerate(COCO_FILE["images"])],
@@ -124,10 +125,11 @@ def test_coco_bytes(folder: Path, content: bytes) -> None:
 
 
 @inputs(20, 5_000)
-@given(content=mutated(COCO_FILE))
+@given(content=mutated(MANY_PEOPLE))
 def test_sigmas(folder: Path, content: Any) -> None:
     good, path = folder / "good.json", folder / "annotations.json"
-    good.write_text(json.dumps(COCO_FILE))
+    moved = [{**a, "keypoints": [v + (v > 2) for v in a["keypoints"]]} for a in MANY_PEOPLE["annotations"]]
+    good.write_text(json.dumps({**MANY_PEOPLE, "annotations": moved}))
     path.write_text(json.dumps(content))
     with success_or_one_line("COCO JSON, estimating sigmas"):
         estimate_sigmas([good, path])

@@ -73,6 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Beyond every model that somebody will train, and low enough that a wrong number is told before it takes all memory.
 MOST, MOST_LAYERS = 65_536, 1_000
+# Of transformers, about what a call gives: no part of an architecture, and the neck needs feature maps by name.
+SWITCHES = ("return_dict", "output_hidden_states", "output_attentions", "dtype")
 MAY_BE_ZERO = {"num_frozen_stages", "num_one_to_many_queries"}
 
 
@@ -113,7 +115,8 @@ def _backbone(values: Any) -> PreTrainedConfig:
             if isinstance(number, int) and abs(number) > (MOST_LAYERS if layers else MOST):
                 raise InputError(f"config: backbone_config.{name} is {value!r}, expected sizes of a backbone")
     try:
-        return AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+        kept = {name: value for name, value in values.items() if name not in {"model_type", *SWITCHES}}
+        return AutoConfig.for_model(values["model_type"], **kept)
     except Exception as error:  # each configuration checks its values in its own way
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         raise InputError(f"config: backbone_config: {reason[:300]}") from error
