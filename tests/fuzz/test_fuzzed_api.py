@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from starlette.testclient import TestClient
-from test_pictures import FORMATS, encoded
+from test_fuzzed_pictures import FORMATS, encoded
 
 from hpetr import HPetrImageProcessor, PosePredictor
 from hpetr.checkpoint import save_checkpoint
