@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone
 
 from hpetr.model.config import HPetrConfig
+from hpetr.model.host import to_device
 
 
 class Neck(nn.Module):
@@ -144,5 +145,17 @@ class FeatureExtractor(nn.Module):
         maps = self.neck(self.body_maps(pixel_values))
         if padding is None:
             return maps, None
-        masks = [F.interpolate(padding[:, None].float(), size=m.shape[-2:])[:, 0].bool() for m in maps]
-        return maps, masks
+        return maps, [nearest(padding, m.shape[-2], m.shape[-1]) for m in maps]
+
+
+def nearest(mask: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W) to (B, height, width) by nearest interpolation, as `F.interpolate` rounds it.
+
+    Written out, because an exported interpolation rounds otherwise: in ONNX Runtime and OpenVINO, the cells of one in
+    twelve sizes would be off by one (75 pixels to 10 cells, for example).
+    """
+    sides = torch.tensor([mask.shape[1:], (height, width)], dtype=torch.float32)
+    scale = to_device(sides[0] / sides[1], mask.device)  # (2,)
+    rows = (torch.arange(height, device=mask.device) * scale[0]).long()
+    columns = (torch.arange(width, device=mask.device) * scale[1]).long()
+    return mask.index_select(1, rows).index_select(2, columns)

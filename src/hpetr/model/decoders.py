@@ -15,6 +15,11 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.encoder import Grid
 
 
+# Tokens nearer to the picture's border propose nothing: 1% as published, and a little, so that a centre at exactly 1%
+# (on 50 or 150 cells) is outside however a runtime rounds its quotient.
+BORDER = 0.01 + 1e-6
+
+
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """log(x / (1 - x)) with both clamped to at least eps; written out because OpenVINO has no logit."""
     x = x.clamp(0, 1)
@@ -124,7 +129,7 @@ class PoseDecoder(nn.Module):
         infinite, so that they predict the picture's far corner. As published, they still take part in the ranking.
         """
         centres = grid.centres
-        valid = ((centres > 0.01) & (centres < 0.99)).all(-1, keepdim=True)  # (B, S, 1)
+        valid = ((centres > BORDER) & (centres < 1 - BORDER)).all(-1, keepdim=True)  # (B, S, 1)
         if grid.padding_mask is not None:
             valid = valid & ~grid.padding_mask[..., None]
         centre_logits = torch.where(valid, (centres / (1 - centres)).log(), torch.inf)

@@ -202,9 +202,9 @@ class HPetrForPoseEstimation(PreTrainedModel):
             return None
         return pixel_mask == 0
 
-    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Grid]:
-        """Pixels (B, 3, H, W) and mask (B, H, W) to memory (B, S, D) and its grid."""
-        maps, masks = self.backbone(pixel_values, self.padding(pixel_mask))
+    def tokenize(self, pixel_values: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Grid]:
+        """Pixels (B, 3, H, W) and padding (B, H, W) to tokens (B, S, D), their positions (B or 1, S, D) and grid."""
+        maps, masks = self.backbone(pixel_values, padding)
         grid = make_grid(maps, masks)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, D)
         levels = torch.cat(
@@ -213,7 +213,11 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 for embedding, (height, width) in zip(self.level_embedding.weight, grid.spatial_shapes, strict=True)
             ]
         )  # (S, D)
-        positions = (grid.positions + levels).to(levels.dtype)
+        return tokens, (grid.positions + levels).to(levels.dtype), grid
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Grid]:
+        """Pixels (B, 3, H, W) and mask (B, H, W) to memory (B, S, D) and its grid."""
+        tokens, positions, grid = self.tokenize(pixel_values, self.padding(pixel_mask))
         return self.encoder(tokens, positions, grid), grid
 
     def forward(
