@@ -14,7 +14,6 @@ from hpetr.model.attention import DeformableAttention, DeformableLayer, Deformab
 from hpetr.model.config import HPetrConfig
 from hpetr.model.encoder import Grid
 
-
 # Tokens nearer to the picture's border propose nothing: 1% as published, and a little, so that a centre at exactly 1%
 # (on 50 or 150 cells) is outside however a runtime rounds its quotient.
 BORDER = 0.01 + 1e-6
