@@ -97,7 +97,7 @@ def use(path: Path, split: str | None = None) -> None:
     assert all(-1 <= value <= 1 for value in metrics(truth, answer, dataset.skeleton.sigmas).values())
 
 
-@inputs(60, 40_000)
+@inputs(30, 40_000)
 @given(content=mutated(COCO_FILE))
 def test_coco(folder: Path, content: Any) -> None:
     path = folder / "annotations.json"
@@ -106,7 +106,7 @@ def test_coco(folder: Path, content: Any) -> None:
         use(path)
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(content=mutated(CROWDPOSE_FILE))
 def test_crowdpose(folder: Path, content: Any) -> None:
     path = folder / "annotations.json"
@@ -115,7 +115,7 @@ def test_crowdpose(folder: Path, content: Any) -> None:
         use(path)
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(content=mutated_bytes(json.dumps(COCO_FILE).encode(), 2, letters=True))
 def test_coco_bytes(folder: Path, content: bytes) -> None:
     path = folder / "annotations.json"
@@ -124,7 +124,7 @@ def test_coco_bytes(folder: Path, content: bytes) -> None:
         use(path)
 
 
-@inputs(20, 5_000)
+@inputs(8, 5_000)
 @given(content=mutated(MANY_PEOPLE))
 def test_sigmas(folder: Path, content: Any) -> None:
     good, path = folder / "good.json", folder / "annotations.json"
@@ -135,7 +135,7 @@ def test_sigmas(folder: Path, content: Any) -> None:
         estimate_sigmas([good, path])
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(content=mutated(YOLO_FILE), split=st.sampled_from(["train", "val", "test"]))
 def test_yolo_config(folder: Path, content: Any, split: str) -> None:
     (folder / "labels" / "1.txt").write_bytes(YOLO_LABELS)
@@ -145,7 +145,7 @@ def test_yolo_config(folder: Path, content: Any, split: str) -> None:
         use(path, split)
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(content=mutated_bytes(YOLO_LABELS, 3, letters=True))
 def test_yolo_labels(folder: Path, content: bytes) -> None:
     path = folder / "data.yaml"
@@ -155,7 +155,7 @@ def test_yolo_labels(folder: Path, content: bytes) -> None:
         use(path, "train")
 
 
-@inputs(20, 10_000)
+@inputs(10, 10_000)
 @given(content=mutated_bytes(yaml.safe_dump(YOLO_FILE).encode(), 2, letters=True))
 def test_yolo_config_bytes(folder: Path, content: bytes) -> None:
     (folder / "labels" / "1.txt").write_bytes(YOLO_LABELS)

@@ -53,7 +53,7 @@ def operations(service: Service) -> list[schemathesis.APIOperation]:
     return found
 
 
-@inputs(30, 10_000)
+@inputs(15, 10_000)
 @given(data=st.data())
 def test_requests_of_the_description(operations: list[schemathesis.APIOperation], data: st.DataObject) -> None:
     operation = data.draw(st.sampled_from([*operations, *[o for o in operations if o.method == "post"] * 3]))
@@ -63,7 +63,7 @@ def test_requests_of_the_description(operations: list[schemathesis.APIOperation]
     case.call_and_validate(checks=CHECKS)
 
 
-@inputs(40, 10_000)
+@inputs(25, 10_000)
 @given(data=st.data())
 def test_uploads(client: TestClient, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(FORMATS)))

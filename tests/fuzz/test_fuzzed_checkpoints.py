@@ -48,7 +48,7 @@ def test_the_whole_checkpoint_is_taken(whole: Path, folder: Path) -> None:
     use(whole, folder, CONFIG, (whole / CONFIG).read_bytes())
 
 
-@inputs(25, 10_000)
+@inputs(12, 10_000)
 @given(data=st.data())
 def test_config(whole: Path, folder: Path, data: st.DataObject) -> None:
     content = data.draw(mutated(json.loads((whole / CONFIG).read_text())))
@@ -65,7 +65,7 @@ def test_config_bytes(whole: Path, folder: Path, data: st.DataObject) -> None:
         load_config(folder)
 
 
-@inputs(15, 5_000)
+@inputs(8, 5_000)
 @given(data=st.data())
 def test_processor(whole: Path, folder: Path, data: st.DataObject) -> None:
     content = data.draw(mutated(json.loads((whole / PROCESSOR).read_text())))
@@ -73,7 +73,7 @@ def test_processor(whole: Path, folder: Path, data: st.DataObject) -> None:
         use(whole, folder, PROCESSOR, json.dumps(content).encode())
 
 
-@inputs(20, 10_000)
+@inputs(10, 10_000)
 @given(data=st.data())
 def test_weights(whole: Path, folder: Path, data: st.DataObject) -> None:
     content = (whole / WEIGHTS).read_bytes()
@@ -109,7 +109,7 @@ OFFICIAL = {"meta": {"epoch": 1}, "state_dict": {"a.weight": torch.ones(3, 2), "
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@inputs(25, 20_000)
+@inputs(15, 20_000)
 @given(data=st.data())
 def test_official(folder: Path, zipped: bool, data: st.DataObject) -> None:
     content = data.draw(mutated_bytes(saved(OFFICIAL, zipped), 3))

@@ -60,7 +60,7 @@ def mend_checksums(png: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@inputs(20, 20_000)
+@inputs(15, 20_000)
 @given(data=st.data())
 def test_pictures(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{name}"
@@ -77,7 +77,7 @@ def test_pictures(name: str, data: st.DataObject, tmp_path_factory: pytest.TempP
             assert picture_size(path) == (picture.shape[1], picture.shape[0])
 
 
-@inputs(20, 5_000)
+@inputs(8, 5_000)
 @given(content=st.binary(max_size=64))
 def test_other_files(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path: Path = tmp_path_factory.getbasetemp() / "other.jpg"

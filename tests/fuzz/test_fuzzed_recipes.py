@@ -30,7 +30,7 @@ def deep_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-@inputs(60, 30_000)
+@inputs(30, 30_000)
 @given(content=mutated(RECIPE), data=st.data())
 def test_values(content: Any, data: st.DataObject) -> None:
     path = Path("recipe.yaml")
@@ -41,7 +41,7 @@ def test_values(content: Any, data: st.DataObject) -> None:
         assert recipe_values(load_recipe(path)) == recipe_values(recipe)
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(content=mutated_bytes(TEXT, 3, letters=True))
 def test_bytes(content: bytes) -> None:
     path = Path("recipe.yaml")
@@ -50,7 +50,7 @@ def test_bytes(content: bytes) -> None:
         load_recipe(path)
 
 
-@inputs(40, 20_000)
+@inputs(15, 20_000)
 @given(key=st.sampled_from(KEYS) | TEXTS, value=VALUES.map(str) | TEXTS, equals=st.booleans())
 def test_overrides(key: str, value: str, equals: bool) -> None:
     path = Path("recipe.yaml")
@@ -59,7 +59,7 @@ def test_overrides(key: str, value: str, equals: bool) -> None:
         load_recipe(path, [f"{key}={value}" if equals else key + value])
 
 
-@inputs(10, 2_000)
+@inputs(5, 2_000)
 @given(content=mutated(RECIPE, 2))
 def test_up_to_the_first_step(content: Any) -> None:
     path = Path("recipe.yaml")
@@ -68,7 +68,7 @@ def test_up_to_the_first_step(content: Any) -> None:
         prepare(load_recipe(path), None)
 
 
-@inputs(15, 3_000)
+@inputs(8, 3_000)
 @given(options=mutated(RECIPE["model"]["options"], 2))
 def test_options_of_the_model(options: Any) -> None:
     path = Path("recipe.yaml")
