@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset, open_dataset
-from hpetr.data.images import keep_ratio_size
+from hpetr.pixels import keep_ratio_size
 from hpetr.recipe import AugmentRecipe, DataSource, ProcessorRecipe
 from hpetr.training.data import EpochSampler, TrainingSet, build_transform
 

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hpetr
 from hpetr.checkpoint import BUNDLED, bundled_checkpoint, load_config, load_processor, resolve_checkpoint
-from hpetr.data.images import keep_ratio_size
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
 from hpetr.hub import is_hub_place
@@ -20,6 +19,7 @@ from hpetr.kernels import kernel_name
 from hpetr.model.config import PRESETS, HPetrConfig
 from hpetr.model.encoder import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.pixels import keep_ratio_size
 
 # The size that pictures of COCO mostly have, height and width.
 USUAL_PICTURE = (480, 640)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpetr.data.images import ImageSource, load_image
 from hpetr.errors import InputError
 from hpetr.skeleton import COCO, Skeleton
 
 if TYPE_CHECKING:
     import supervision as sv
+
+    from hpetr.data.images import ImageSource
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class PoseResult:
         Raises:
             InputError: there is no picture to draw on, or it has another size than the one predicted on.
         """
+        from hpetr.data.images import load_image
         from hpetr.draw import draw_poses
 
         source = self.path if image is None else image

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from hpetr.data import load_image
-from hpetr.data.images import keep_ratio_size, normalize_and_pad, resize_image
 from hpetr.errors import InputError
+from hpetr.pixels import keep_ratio_size, normalize_and_pad, resize_image
 
 
 @pytest.fixture

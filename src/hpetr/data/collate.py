@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from hpetr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize_and_pad
 from hpetr.data.processor import HPetrImageProcessor
 from hpetr.data.sample import Sample
+from hpetr.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_and_pad
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,9 @@ import torch
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hpetr.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageSource,
-    keep_ratio_size,
-    load_image,
-    normalize_and_pad,
-    resize_image,
-)
+from hpetr.data.images import ImageSource, load_image
 from hpetr.errors import InputError
+from hpetr.pixels import IMAGENET_MEAN, IMAGENET_STD, keep_ratio_size, normalize_and_pad, resize_image
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

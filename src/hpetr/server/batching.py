@@ -14,8 +14,9 @@ from http import HTTPStatus
 
 import numpy as np
 
-from hpetr.data.images import keep_ratio_size, load_image
+from hpetr.data.images import load_image
 from hpetr.errors import InputError
+from hpetr.pixels import keep_ratio_size
 from hpetr.predict import PosePredictor, predict_batch
 from hpetr.results import PoseResult
 from hpetr.server.limits import Refusal, broken
