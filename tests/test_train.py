@@ -37,6 +37,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
     assert HPetrForPoseEstimation.from_pretrained(whole).config.num_queries == 20
     assert (whole / "preprocessor_config.json").is_file()
+    for folder in (whole, whole / "checkpoint-4"):  # who may read the configuration may read the weights
+        assert len({(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
 
     with pytest.raises(InputError, match="holds checkpoints of a run; pass --resume"):
         train(small_recipe(whole))
