@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from hpetr import __version__
 from hpetr.cli_benchmark import benchmark_command
 from hpetr.cli_data import data_app
+from hpetr.cli_output import BAD_INPUT, count, parse_size, print_table, progress
 from hpetr.cli_serve import serve_command
 from hpetr.errors import InputError
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from hpetr.info import ModelInfo
     from hpetr.predict import PosePredictor
     from hpetr.zoo import ZooResult
-
-BAD_INPUT = 2
 
 
 class _Group(TyperGroup):
@@ -189,10 +187,10 @@ def _predict_pictures(
 ) -> None:
     from hpetr.picture_files import predict_files
 
-    with _progress("Predicting", len(pictures)) as advance:
+    with progress("Predicting", len(pictures)) as advance:
         run = predict_files(predictor, pictures, output, json_file, draw, batch_size, advance, formats)
     read = run.pictures - len(run.unreadable)
-    typer.echo(f"{_count(run.people, 'person', 'people')} in {_count(read, 'picture', 'pictures')}")
+    typer.echo(f"{count(run.people, 'person', 'people')} in {count(read, 'picture', 'pictures')}")
     if draw:
         typer.echo(f"drawings: {output}")
     for written in run.written:
@@ -292,7 +290,7 @@ def _evaluate_one(
     model, processor = processes.together(lambda: load_checkpoint(checkpoint, device))
     size = batch_size or default_batch_size(model)
     set_up_inference(model, precision)
-    with _progress("Evaluating", len(dataset)) as advance:
+    with progress("Evaluating", len(dataset)) as advance:
         result = evaluate(model, processor, dataset, size, advance, flip_test=flip_test)
     about = {"checkpoint": checkpoint, "annotations": str(dataset.path), "hpetr": __version__}
     metrics_file = processes.together(lambda: result.write(output, about) if first else None)
@@ -311,7 +309,7 @@ def _evaluate_zoo(
 
     first = processes.rank() == 0
     paths = processes.together(lambda: find_checkpoints(folder))
-    with _progress("Evaluating", len(paths) * len(dataset)) as advance:
+    with progress("Evaluating", len(paths) * len(dataset)) as advance:
         result = evaluate_zoo(paths, dataset, device, batch_size, advance, flip_test=flip_test)
     about = {"zoo": str(folder), "annotations": str(dataset.path), "hpetr": __version__}
     processes.together(lambda: result.write(output, about) if first else None)
@@ -423,19 +421,12 @@ def info(
     if licenses:
         _print_licenses()
         return
-    pixels = None if size is None else _parse_size(size)
+    pixels = None if size is None else parse_size(size)
     from hpetr.info import environment_info, model_info
 
     if target is not None:
         _print_model(model_info(target, pixels))
-    _print_table("Environment", environment_info().items())
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise InputError(f"--size {text}: expected HEIGHTxWIDTH in pixels, e.g. 800x1216")
-    return int(height), int(width)
+    print_table("Environment", environment_info().items())
 
 
 def _print_model(model: ModelInfo) -> None:
@@ -448,7 +439,7 @@ def _print_model(model: ModelInfo) -> None:
         ("FLOPs", f"{model.flops / 1e9:.1f} G, multiply-add = 2, without deformable sampling"),
         ("tokens per level", f"{tokens} (sum {sum(model.tokens):,})"),
     ]
-    _print_table(model.name, rows)
+    print_table(model.name, rows)
 
 
 def _print_licenses() -> None:
@@ -468,8 +459,8 @@ def _print_licenses() -> None:
 
 def _print_metrics(result: EvalResult, source: str) -> None:
     rows = [(name, "-" if value < 0 else f"{value:.4f}") for name, value in result.metrics.items()]
-    pictures = _count(result.pictures, "picture", "pictures")
-    _print_table(f"{source}: {pictures}, {result.seconds:.1f} s", rows)
+    pictures = count(result.pictures, "picture", "pictures")
+    print_table(f"{source}: {pictures}, {result.seconds:.1f} s", rows)
 
 
 def _print_zoo(result: ZooResult, source: str) -> None:
@@ -483,42 +474,9 @@ def _print_zoo(result: ZooResult, source: str) -> None:
             published += f" ({other:.3f})"
         difference = "-" if score.difference is None else f"{score.difference:+.4f}"
         rows.append((score.path.name, score.preset, "-" if ap < 0 else f"{ap:.4f}", published, difference))
-    pictures = _count(result.scores[0].result.pictures, "picture", "pictures")
+    pictures = count(result.scores[0].result.pictures, "picture", "pictures")
     title = f"{source}: {pictures}. Published: of all COCO val2017 or CrowdPose test (PETR's own zoo)"
-    _print_table(title, rows, header=("checkpoint", "model", "AP", "published", "difference"))
-
-
-def _print_table(title: str, rows: Any, header: tuple[str, ...] = ()) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    # A folder may be called [bold], or worse [/bold], which rich would take for a style.
-    table = Table(*header, title=escape(title), title_justify="left", show_header=bool(header), box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console(soft_wrap=True).print(table)
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal, of torchrun's processes the first one's; yields what to call with the
-    number of pictures done.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+    print_table(title, rows, header=("checkpoint", "model", "AP", "published", "difference"))
 
 
 def main() -> None:

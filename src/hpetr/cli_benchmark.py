@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpetr.cli_output import parse_size, progress
+
 if TYPE_CHECKING:
     from hpetr.benchmark import Benchmark, Spread
 
@@ -29,10 +31,9 @@ def benchmark_command(
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
 ) -> None:
     """Measure the time of every stage, and compare it with what this machine can do."""
-    from hpetr.cli import _parse_size, _progress  # not above: hpetr.cli registers this command
     from hpetr.results import check_writable, write_json
 
-    pixels = None if size is None else _parse_size(size)
+    pixels = None if size is None else parse_size(size)
     if json_file is not None:
         check_writable(json_file.parent)
     from hpetr.benchmark import benchmark, runs
@@ -40,7 +41,7 @@ def benchmark_command(
     from hpetr.inference import keep_freed_memory
 
     keep_freed_memory()
-    with _progress("Measuring", runs(max(repeats, 1))) as advance:
+    with progress("Measuring", runs(max(repeats, 1))) as advance:
         result = benchmark(
             target or BUNDLED, pixels, batch, device, repeats, threads, image, advance, precision=precision
         )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hpetr.cli_output import BAD_INPUT, progress
+
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training: check, show, sigmas.")
 
 
@@ -28,7 +30,6 @@ def check(
 
     Exit code 2 when training would refuse the data set; warnings and notes do not matter to it.
     """
-    from hpetr.cli import BAD_INPUT, _progress
     from hpetr.data.check import check_dataset
     from hpetr.data.dataset import is_yolo, source_file
     from hpetr.data.yolo import read_yolo_config
@@ -37,7 +38,7 @@ def check(
     splits = list(read_yolo_config(file, images).splits) if is_yolo(file) and split is None else [split]
     accepted = True
     for number, name in enumerate(splits):
-        report = check_dataset(file, images, name, pictures, examples, lambda total: _progress("Checking", total))
+        report = check_dataset(file, images, name, pictures, examples, lambda total: progress("Checking", total))
         if number:
             typer.echo("")
         if name is not None:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hpetr.kernels.operators import complete_operators
+
 logger = logging.getLogger("hpetr")
 
 # float16, and the gradients of bfloat16, are computed on a float32 copy.
@@ -166,11 +168,6 @@ def _forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, we
     return output.to(value.dtype)
 
 
-@_forward.register_fake
-def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-
-
 @torch.library.custom_op("hpetr::deformable_sampling_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
@@ -185,30 +182,7 @@ def _backward(
     return grad_value.to(value.dtype), grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
 
 
-@_backward.register_fake
-def _(
-    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(value, memory_format=contiguous),
-        torch.empty_like(locations, memory_format=contiguous),
-        torch.empty_like(weights, memory_format=contiguous),
-    )
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    value, ctx.spatial_shapes, locations, weights = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(value, locations, weights)
-
-
-def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    value, locations, weights = ctx.saved_tensors
-    grads = _backward(grad_output, value, ctx.spatial_shapes, locations, weights)
-    return grads[0], None, grads[1], grads[2]
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+complete_operators(_forward, _backward)
 
 
 def deformable_sampling_c(

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpetr.kernels.operators import complete_operators
+
 logger = logging.getLogger("hpetr")
 
 # Elements (queries x head width) of a program, forward and backward, and its warps: 4 or 8 elements a thread, so that
@@ -235,11 +237,6 @@ def _forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, we
     return output
 
 
-@_forward.register_fake
-def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-
-
 @torch.library.custom_op("hpetr::deformable_sampling_triton_backward", mutates_args=())
 def _backward(
     grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
@@ -254,30 +251,7 @@ def _backward(
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-@_backward.register_fake
-def _(
-    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(value, memory_format=contiguous),
-        torch.empty_like(locations, memory_format=contiguous),
-        torch.empty_like(weights, memory_format=contiguous),
-    )
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    value, ctx.spatial_shapes, locations, weights = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(value, locations, weights)
-
-
-def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    value, locations, weights = ctx.saved_tensors
-    grads = _backward(grad_output, value, ctx.spatial_shapes, locations, weights)
-    return grads[0], None, grads[1], grads[2]
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+complete_operators(_forward, _backward)
 
 
 def deformable_sampling_triton(
