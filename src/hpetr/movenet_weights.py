@@ -40,12 +40,16 @@ def _names() -> list[str]:
 
 def _tflite(data: bytes) -> bytes:
     """The file itself, or the one in a zip archive, or in an archive in it. ValueError: neither."""
-    while data[4:8] != b"TFL3":
+    for _ in range(2):  # an archive may hold itself
+        if data[4:8] == b"TFL3":
+            break
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             inner = [name for name in archive.namelist() if name.endswith((".tflite", ".nfd"))]
             if len(inner) != 1:
                 raise ValueError(f"{len(inner)} such files in the archive")
             data = archive.read(inner[0])
+    if data[4:8] != b"TFL3":
+        raise ValueError("archives in archives in archives")
     return data
 
 

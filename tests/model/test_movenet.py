@@ -216,6 +216,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         "text.tflite": b"no network at all",
         "empty.tflite": b"",
         "other.whl": zipped("module.py", b"pass"),
+        "deep.whl": zipped("a.nfd", zipped("b.nfd", zipped("c.tflite", whole))),
     }
     for name, data in files.items():
         path = tmp_path / name
