@@ -96,7 +96,7 @@ def measure(order: str, preset: str, height: int, width: int, repeats: int) -> d
             if order == "literal":
                 poses = literal_joint_decoder(model, memory, grid, chosen)
             else:
-                poses = model.joint_decoder(memory, grid, chosen)[-1]
+                poses = model.joint_decoder(memory, grid, chosen)[0][-1]
             end = time.perf_counter()
             spans = (encoded - start, decoded - encoded, end - decoded, end - start)
             for name, span in zip(times, spans, strict=True):

@@ -31,7 +31,7 @@ def pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid):
     decoder, config = model.pose_decoder, model.config
     proposals = decoder.propose(memory, grid)
     offsets = proposals.head(proposals.features).unflatten(-1, (-1, 2))
-    every = (offsets + proposals.centre_logits[..., None, :]).sigmoid()  # (B, S, K, 2)
+    every = (offsets + proposals.centres.logit()[..., None, :]).sigmoid()  # (B, S, K, 2)
     total = decoder.query_embedding.num_embeddings
     best = proposals.logits[..., 0].topk(total, dim=1).indices[..., None, None]
     references = every.gather(1, best.expand(-1, -1, config.num_keypoints, 2)).detach()
@@ -54,7 +54,9 @@ def joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, pos
     decoder = model.joint_decoder
     copies = memory[image]  # (P, S, D)
     position, x = (part.expand(len(poses), -1, -1) for part in decoder.query_embedding.weight.chunk(2, -1))
-    copied = Grid(grid.spatial_shapes, None, grid.valid_ratios[image], grid.centres[image], grid.positions)
+    copied = Grid(
+        grid.spatial_shapes, None, grid.valid_ratios[image], grid.centres[image], grid.cells[image], grid.positions
+    )
     references, outputs = poses, []
     for layer, head in zip(decoder.layers, decoder.heads, strict=True):
         x = layer.attend_to_each_other(x, position, [x.shape[1]])

@@ -149,7 +149,7 @@ def measure_joint_decoder(args: argparse.Namespace) -> dict:
         image = torch.zeros(args.joint_poses, dtype=torch.long, device=args.device)
         output = literal_training.joint_decoder(model, memory, grid, poses[0], image)
     else:
-        output = model.joint_decoder(memory, grid, poses)
+        output = model.joint_decoder(memory, grid, poses)[0]
     output.sum().backward()
     return {"seconds": now(args.device) - start, "peak MB": peak_megabytes(args.device), "of it before": before}
 

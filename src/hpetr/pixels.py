@@ -62,6 +62,11 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
+def batch_side(sides: Sequence[int], divisor: int) -> int:
+    """Height or width of a batch of pictures with these heights or widths."""
+    return -(-max(MIN_BATCH_SIDE, *sides) // divisor) * divisor
+
+
 def normalize_and_pad(
     images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float], divisor: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +82,7 @@ def normalize_and_pad(
     """
     heights = [image.shape[0] for image in images]
     widths = [image.shape[1] for image in images]
-    height, width = (-(-max(MIN_BATCH_SIDE, *sides) // divisor) * divisor for sides in (heights, widths))
+    height, width = batch_side(heights, divisor), batch_side(widths, divisor)
     pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
     pixel_mask = np.empty((len(images), height, width), dtype=np.int64)
     # A pixel has 256 values: looking the normalised ones up is exact, and faster than arithmetic on floats.

@@ -20,7 +20,9 @@ from hpetr.hub import download
 from hpetr.model.config import RESNET_50, RESNET_101, SWIN_L
 from hpetr.model.efficientnet_lite import imagenet_state_dict
 from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.model.movenet import MoveNetBackbone
 from hpetr.movenet_weights import movenet_state_dict, tensor_names
+from hpetr.skeleton import COCO
 
 # What "imagenet" means, by architecture; all Apache-2.0. Two of the repositories have their safetensors, which the
 # hub's bot made from the pickled file, on a pull request that nobody has merged. Swin-L is ImageNet-22k's, tuned on 1k.
@@ -93,7 +95,14 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
             found = _read_folder(model, path, place)
         else:
             found = _read_folder(model, _download(place), place)
-    return _fill(cast(PreTrainedModel, model.backbone.body), found)
+    filled = _fill(cast(PreTrainedModel, model.backbone.body), found)
+    prior, body = model.backbone.prior, model.backbone.body
+    if prior is not None and isinstance(body, MoveNetBackbone) and body.out_features[0] == "heads4":
+        names = model.config.skeleton["names"]
+        joints = {place: COCO.names.index(name) for place, name in enumerate(names) if name in COCO.names}
+        body.fill_prior(prior, joints)
+        filled += f", and the prior of {len(joints)} of {len(names)} joints from its heads"
+    return filled
 
 
 def _imagenet_repository(config: PreTrainedConfig) -> str:

@@ -47,6 +47,10 @@ class DataSource(Strict):
         default=False, description="leave out pictures where nobody is annotated, as the published runs do"
     )
     repeat: int = Field(default=1, ge=1, description="how often an epoch sees each picture")
+    unlabelled: Literal["unknown", "absent"] = Field(
+        default="unknown",
+        description="what a joint without label says to a model with keypoint_scores: nothing, or that nobody sees it",
+    )
 
 
 class DataRecipe(Strict):
@@ -125,6 +129,7 @@ class TrainRecipe(Strict):
     lr: float = Field(default=2e-4, gt=0)
     backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone stays as it is, and costs less")
     offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
+    only: list[str] = Field(default=[], description="train only parameters whose names begin so, as joint_decoder.")
     weight_decay: float = Field(default=1e-4, ge=0)
     clip: float = Field(default=0.1, gt=0, description="norm that gradients are clipped to")
     schedule: Literal["step", "cosine"] = "step"

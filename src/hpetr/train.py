@@ -98,6 +98,13 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
         check_writable(recipe.output)
     if recipe.train.backbone_lr_factor == 0:
         model.backbone.body.requires_grad_(False)
+        if model.backbone.prior is not None:
+            model.backbone.prior.requires_grad_(False)
+    if only := recipe.train.only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(only)))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"train.only: {only}, expected beginnings of names of parameters, as joint_decoder.")
     if recipe.train.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer releases have another name for it, the oldest that we support does not.

@@ -24,10 +24,14 @@ def make_sample(height, width, people, k=4):
 def test_batch_has_the_processors_pixels_and_the_samples_labels():
     processor = HPetrImageProcessor(size={"shortest_edge": 80, "longest_edge": 120}, pad_size_divisor=32)
     samples = [make_sample(80, 100, 2), make_sample(120, 80, 0)]  # of these sizes, the processor's resize does nothing
-    batch = PoseCollator.from_processor(processor)(samples)
+    collator = PoseCollator.from_processor(processor)
+    batch = collator(samples)
     expected = processor([sample.image for sample in samples])
-    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-    assert torch.equal(batch["pixel_mask"], expected["pixel_mask"])
+    assert batch["pixel_values"].dtype == torch.uint8
+    pixels = collator.normalize(batch["pixel_values"], batch["pixel_mask"])
+    torch.testing.assert_close(pixels, expected["pixel_values"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(batch["pixel_mask"], expected["pixel_mask"] != 0)
+    assert not batch["pixel_values"].mul(~batch["pixel_mask"][:, None]).any()
     first, second = batch["labels"]
     assert torch.equal(first["keypoints"], torch.from_numpy(samples[0].keypoints))
     assert (first["boxes"].shape, first["areas"].shape, first["ignore_boxes"].shape) == ((2, 4), (2,), (1, 4))
@@ -38,9 +42,11 @@ def test_batch_has_the_processors_pixels_and_the_samples_labels():
 
 
 def test_defaults_are_the_default_processors():
-    assert PoseCollator.from_processor(HPetrImageProcessor())([make_sample(70, 70, 1)])["pixel_values"].equal(
-        PoseCollator()([make_sample(70, 70, 1)])["pixel_values"]
-    )
+    theirs, ours = PoseCollator.from_processor(HPetrImageProcessor()), PoseCollator()
+    batch = ours([make_sample(70, 70, 1)])
+    pixels, mask = batch["pixel_values"], batch["pixel_mask"]
+    assert theirs.normalize(pixels, mask).equal(ours.normalize(pixels, mask))
+    assert theirs.pad_size_divisor == ours.pad_size_divisor
 
 
 def test_worker_processes_give_the_same_batches():

@@ -42,7 +42,7 @@ def test_any_transformers_backbone_saves_and_loads(tmp_path, backbone: dict) -> 
 def test_number_of_levels(levels: int) -> None:
     model = HPetrForPoseEstimation(HPetrConfig(backbone_config=TINY_RESNET, num_feature_levels=levels, **SMALL)).eval()
     with torch.inference_mode():
-        maps, masks = model.backbone(torch.randn(1, 3, 96, 160), None)
+        maps, masks, _ = model.backbone(torch.randn(1, 3, 96, 160), None)
     assert masks is None
     expected = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
     assert [tuple(level.shape[-2:]) for level in maps] == expected[:levels]

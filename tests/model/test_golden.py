@@ -46,7 +46,7 @@ def test_inference(golden, case: str) -> None:
     setting = settings["inference"][case]
     pixels, mask = masked_picture(setting)
     with torch.inference_mode():
-        maps, _ = model.backbone(pixels, mask == 0)
+        maps, _, _ = model.backbone(pixels, mask == 0)
         output = model(pixels, mask)
     neck = torch.stack([level[0, :8, 0, 0] for level in maps])
     np.testing.assert_allclose(neck, arrays[f"{case}_neck"], atol=1e-4)

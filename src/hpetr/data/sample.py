@@ -12,7 +12,7 @@ import numpy as np
 class Sample:
     """A picture and its n people. Coordinates are pixels of `image`: x in 0..W, y in 0..H, 0 at the picture's edge.
 
-    A keypoint that is not labelled is 0, 0, 0. `ignore_boxes` hold crowds and people without labelled keypoints:
+    A keypoint that is not labelled is 0, 0, 0, and one that nobody can see 0, 0, -1. `ignore_boxes` hold crowds and people without labelled keypoints:
     they are neither people to find nor background.
     """
 
@@ -43,7 +43,7 @@ def move_labels(sample: Sample, image: np.ndarray, matrix: np.ndarray) -> Sample
     xy = sample.keypoints[..., :2] @ matrix[:, :2].T + matrix[:, 2]  # (n, K, 2)
     inside = (xy >= 0).all(-1) & (xy <= (width, height)).all(-1) & (sample.keypoints[..., 2] > 0)  # (n, K)
     keypoints[inside, :2] = xy[inside]
-    keypoints[inside, 2] = sample.keypoints[inside, 2]
+    keypoints[..., 2] = np.where(inside, sample.keypoints[..., 2], np.minimum(sample.keypoints[..., 2], 0))
     kept = inside.any(axis=1)  # (n,)
     ignore_boxes = _move_boxes(sample.ignore_boxes, matrix, height, width)
     has_extent = (ignore_boxes[:, 2:] > ignore_boxes[:, :2]).all(axis=1)  # (m,)

@@ -80,16 +80,14 @@ def _samples(data: TrainingSet, recipe: Recipe, epoch: int) -> Iterator[Sample]:
 
 
 def _draw_batch(samples: list[Sample], collator: PoseCollator, skeleton: Skeleton) -> list[np.ndarray]:
-    """Cells of B samples that go through the network together, from the tensors that it gets."""
-    batch = collator.batch(samples)
-    mean, std = (255 * np.asarray(values) for values in (collator.image_mean, collator.image_std))
+    """Cells of B samples that go through the network together, from their batch."""
+    batch = collator(samples)
     cells = []
     for values, mask, labels, sample in zip(
         batch["pixel_values"], batch["pixel_mask"], batch["labels"], samples, strict=True
     ):
-        pixels = values.permute(1, 2, 0).numpy() * std + mean  # (H, W, 3)
-        picture = np.rint(pixels).clip(0, 255).astype(np.uint8)
-        picture[mask.numpy() == 0] = PADDING
+        picture = values.permute(1, 2, 0).numpy().copy()  # (H, W, 3)
+        picture[~mask.numpy()] = PADDING
         height, width = sample.image.shape[:2]
         people = len(labels["keypoints"])
         caption = f"{width}x{height}, {people} {'person' if people == 1 else 'people'}"

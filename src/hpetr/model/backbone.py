@@ -12,26 +12,37 @@ from transformers import AutoBackbone
 
 from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
+from hpetr.model.prior import PosePrior, PriorMaps
+
+
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each cell of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Neck(nn.Module):
-    """A 1x1 convolution and GroupNorm a level; levels past the backbone's come from its last map, strided.
+    """A 1x1 convolution and a norm a level; levels past the backbone's come from its last map, strided.
 
-    The first extra level reads the backbone's last map, each further one the level before it. No activation.
+    The first extra level reads the backbone's last map, each further one the level before it. No activation. Under
+    `TokenNorm`, which sees one cell alone, the convolutions have a bias: a weak map stays a weak one.
     """
 
-    def __init__(self, channels: list[int], d_model: int, num_levels: int):
+    def __init__(self, channels: list[int], d_model: int, num_levels: int, norm: str):
         super().__init__()
         extra = max(num_levels - len(channels), 0)
         sources = channels[:num_levels] + [channels[-1] if i == 0 else d_model for i in range(extra)]
         self.num_backbone_levels = num_levels - extra
         self.convs = nn.ModuleList(
-            nn.Conv2d(source, d_model, 1, bias=False)
+            nn.Conv2d(source, d_model, 1, bias=norm == "token")
             if level < self.num_backbone_levels
-            else nn.Conv2d(source, d_model, 3, stride=2, padding=1, bias=False)
+            else nn.Conv2d(source, d_model, 3, stride=2, padding=1, bias=norm == "token")
             for level, source in enumerate(sources)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(32, d_model) for _ in sources)
+        self.norms = nn.ModuleList(
+            TokenNorm(d_model) if norm == "token" else nn.GroupNorm(32, d_model) for _ in sources
+        )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Backbone maps (B, C_l, H_l, W_l) -> num_levels maps (B, D, H_l, W_l)."""
@@ -42,7 +53,8 @@ class Neck(nn.Module):
             if level >= self.num_backbone_levels and source.shape[-2:] == (1, 1):
                 # The same numbers. The bfloat16 gradient of a strided, padded convolution on one pixel reads memory
                 # that nobody wrote (torch 2.13, a CPU with AVX512-BF16: NaN in 22 of 40 tries).
-                convolved = F.conv2d(F.pad(source, (1, 1, 1, 1)), cast("Tensor", conv.weight), stride=2)
+                weight, bias = cast("Tensor", conv.weight), cast("Tensor | None", conv.bias)
+                convolved = F.conv2d(F.pad(source, (1, 1, 1, 1)), weight, bias, stride=2)
             else:
                 convolved = conv(source)
             outputs.append(norm(convolved))
@@ -82,7 +94,7 @@ def fold_batch_norms(body: nn.Module) -> None:
 
 
 class FeatureExtractor(nn.Module):
-    """`model.backbone`: any transformers backbone, what the recipe freezes of it, and the neck."""
+    """`model.backbone`: any transformers backbone, what the recipe freezes of it, the neck, and the prior if any."""
 
     # transformers sets both
     gradient_checkpointing = False
@@ -94,7 +106,9 @@ class FeatureExtractor(nn.Module):
         if config.backbone_config.model_type == "swin":
             # SwinBackbone normalises each output by itself and never uses this norm (3,072 parameters in Swin-L).
             self.body.swin.layernorm = nn.Identity()
-        self.neck = Neck(list(self.body.channels), config.d_model, config.num_feature_levels)
+        channels = list(self.body.channels)
+        self.prior = PosePrior(config, channels.pop(0)) if config.pose_prior else None
+        self.neck = Neck(channels, config.d_model, config.num_feature_levels, config.neck_norm)
         self.freeze_batch_norm = config.freeze_batch_norm
         if config.backbone_config.model_type == "resnet" and config.num_frozen_stages > 0:
             frozen = [self.body.embedder, *self.body.encoder.stages[: config.num_frozen_stages]]
@@ -133,19 +147,22 @@ class FeatureExtractor(nn.Module):
             return self._gradient_checkpointing_func(run, pixel_values)
         return run(pixel_values)
 
-    def forward(self, pixel_values: Tensor, padding: Tensor | None) -> tuple[list[Tensor], list[Tensor] | None]:
+    def forward(
+        self, pixel_values: Tensor, padding: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor] | None, PriorMaps | None]:
         """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the picture, to maps of every level.
 
         Returns:
-            Maps (B, D, H_l, W_l) and their padding masks (B, H_l, W_l), or None without padding.
+            Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and the prior's maps.
         """
         if padding is not None:
             # What lies in the padding must not reach the picture: the published pipeline pads with zeros.
             pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
-        maps = self.neck(self.body_maps(pixel_values))
-        if padding is None:
-            return maps, None
-        return maps, [nearest(padding, m.shape[-2], m.shape[-1]) for m in maps]
+        maps = self.body_maps(pixel_values)
+        prior = None if self.prior is None else self.prior(maps.pop(0))
+        maps = self.neck(maps)
+        masks = None if padding is None else [nearest(padding, m.shape[-2], m.shape[-1]) for m in maps]
+        return maps, masks, prior
 
 
 def nearest(mask: Tensor, height: int, width: int) -> Tensor:

@@ -76,6 +76,14 @@ MOST, MOST_LAYERS = 65_536, 1_000
 # Of transformers, about what a call gives: no part of an architecture, and the neck needs feature maps by name.
 SWITCHES = ("return_dict", "output_hidden_states", "output_attentions", "dtype")
 MAY_BE_ZERO = {"num_frozen_stages", "num_one_to_many_queries"}
+# What the published models have comes first.
+CHOICES = {
+    "neck_norm": ("group", "token"),
+    "queries": ("learned", "proposals"),
+    "steps": ("logit", "size"),
+    "oks_loss": ("log", "linear"),
+    "class_target": ("one", "oks"),
+}
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
@@ -85,6 +93,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         if kind == "int":
             most = MOST_LAYERS if name.endswith("_layers") or name.endswith("_levels") else MOST
             _check_whole(name, value, 0 if name in MAY_BE_ZERO else 1, most)
+        elif kind == "str" and value not in CHOICES[name]:
+            raise InputError(f"config: {name} is {value!r}, expected {' or '.join(CHOICES[name])}")
         elif kind == "bool" and not isinstance(value, bool):
             raise InputError(f"config: {name} is {value!r}, expected true or false")
         elif kind == "float":
@@ -136,12 +146,31 @@ class HPetrConfig(PreTrainedConfig):
         d_model, num_heads, num_feature_levels: width, attention heads, feature levels (one more than the backbone
             gives adds a strided level).
         num_points: points per head and level of plain deformable attention.
+        pose_prior: the backbone's first feature map, of half the next one's stride, goes to a `PosePrior` and not to the
+            neck: proposals start from what it says, and the pose decoder's poses from its heatmaps; needs steps =
+            "size" and queries = "proposals". The heatmap loss is then that of its heatmaps.
+        neck_norm: "group" as published, over whole maps; "token", a LayerNorm of each cell: what a map says of one cell
+            then depends neither on the others nor on the padding.
         keypoint_head_dim: hidden width of the keypoint MLPs of proposals and pose decoder.
+        queries: "learned" as published, one content and position a rank; "proposals": the content comes from the
+            token that proposed the pose, the position, in every layer, from the pose itself, and class logits are
+            changes of the proposal's.
+        steps: in what the heads count. "logit" as published, of a share of the picture; "size": proposals in cells,
+            the pose decoder in tenths of half the pose's extent, the joint decoder in quarters of the finest level's cells. A person of the
+            same pixels then takes the same steps wherever it stands and however large the picture is.
         num_queries: one-to-one queries. num_one_to_many_queries: extra queries of hybrid matching, training only.
         one_to_many_k: how often each ground truth is repeated for them.
+        proposal_k: how often each ground truth is matched to proposals.
         num_poses: T, how many poses go through the joint decoder at inference, best first.
+        keypoint_scores: give each joint a score of its own, which the published models do not: the probability that it
+            is where OKS counts it as at least half right.
         dropout: of FFNs and self-attention. deformable_dropout: of the output of every deformable attention.
-        cost_*: weights of the matching cost. loss_*: weights of the losses (METHOD: PETR section 3.4, H-DETR).
+        cost_*: weights of the matching cost. loss_*: weights of the losses (METHOD: PETR section 3.4, H-DETR). With
+            loss_heatmap = 0 the model has no heatmap branch.
+        class_target: of the pose decoder's matched queries. "one" as published; "oks", the OKS of their poses: a score
+            then says how good a pose is.
+        oks_loss: "log" as published, -log OKS; "linear", 1 - OKS: people that nobody sees, whose -log OKS has by far the
+            largest gradient, then do not outweigh those whose joints are nearly right.
     """
 
     model_type = "hpetr"
@@ -155,6 +184,8 @@ class HPetrConfig(PreTrainedConfig):
     num_heads: int = 8
     num_feature_levels: int = 4
     num_points: int = 4
+    pose_prior: bool = False
+    neck_norm: str = "group"
     encoder_layers: int = 6
     encoder_ffn_dim: int = 1024
     decoder_layers: int = 3
@@ -162,10 +193,14 @@ class HPetrConfig(PreTrainedConfig):
     joint_decoder_layers: int = 2
     joint_decoder_ffn_dim: int = 1024
     keypoint_head_dim: int = 512
+    queries: str = "learned"
+    steps: str = "logit"
     num_queries: int = 300
     num_one_to_many_queries: int = 0
     one_to_many_k: int = 5
+    proposal_k: int = 1
     num_poses: int = 100
+    keypoint_scores: bool = False
     dropout: float = 0.1
     deformable_dropout: float = 0.1
     cost_class: float = 2.0
@@ -174,9 +209,12 @@ class HPetrConfig(PreTrainedConfig):
     loss_class: float = 2.0
     loss_l1: float = 70.0
     loss_oks: float = 2.0
+    oks_loss: str = "log"
+    class_target: str = "one"
     loss_heatmap: float = 4.0
     loss_joint_l1: float = 80.0
     loss_joint_oks: float = 3.0
+    loss_keypoint_score: float = 1.0
 
     def __post_init__(self, **kwargs):
         # Registers our own backbones with the Auto classes before a sub-config may name one.
@@ -194,6 +232,11 @@ class HPetrConfig(PreTrainedConfig):
         if self.d_model % self.num_heads or self.d_model % 4:
             raise InputError(
                 f"config: d_model = {self.d_model}, expected a multiple of 4 and of num_heads = {self.num_heads}"
+            )
+        if self.pose_prior and (self.steps, self.queries) != ("size", "proposals"):
+            raise InputError(
+                f"config: pose_prior with steps = {self.steps!r} and queries = {self.queries!r}, expected 'size' and "
+                "'proposals'"
             )
         if self.id2label is None and kwargs.get("num_labels") is None:
             self.id2label, self.label2id = {0: "person"}, {"person": 0}

@@ -8,12 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers, PoseAttention
 from hpetr.model.config import HPetrConfig
-from hpetr.model.encoder import Grid
+from hpetr.model.encoder import Grid, sine_encoding
+from hpetr.model.host import to_device
+from hpetr.model.prior import FLOOR, REPETITION, REPETITION_POWER, repeated
 
+# Steps of the pose decoder count in so many half extents of the pose, those of the joint decoder in so many cells. Adam
+# changes a fresh head's weights by the learning rate whatever the gradient: in larger units that shakes poses by pixels.
+EXTENT_SHARE, CELL_SHARE = 0.1, 0.25
 # Tokens nearer to the picture's border propose nothing: 1% as published, and a little, so that a centre at exactly 1%
 # (on 50 or 150 cells) is outside however a runtime rounds its quotient.
 BORDER = 0.01 + 1e-6
@@ -23,6 +29,16 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """log(x / (1 - x)) with both clamped to at least eps; written out because OpenVINO has no logit."""
     x = x.clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def half_extent(poses: Tensor, least: Tensor) -> Tensor:
+    """Half the width and height of poses (..., K, 2), at least `least`, which broadcasts: (..., 1, 2)."""
+    return torch.maximum((poses.amax(-2, keepdim=True) - poses.amin(-2, keepdim=True)) / 2, least)
+
+
+def moved(places: Tensor, steps: Tensor, unit: Tensor | None) -> Tensor:
+    """Places plus steps, in `unit`s, or where that is None, in logits."""
+    return (steps + inverse_sigmoid(places)).sigmoid() if unit is None else places + steps * unit
 
 
 def outside_autocast(module: nn.Module, x: Tensor) -> Tensor:
@@ -39,7 +55,7 @@ def outside_autocast(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class KeypointHead(nn.Sequential):
-    """An MLP of `depth` hidden layers with ReLU and a linear layer, whose result is a step in coordinates' logits."""
+    """An MLP of `depth` hidden layers with ReLU and a linear layer, whose result is a step of coordinates or a logit."""
 
     def __init__(self, d_model: int, hidden: int, outputs: int, depth: int):
         layers: list[nn.Module] = []
@@ -71,25 +87,73 @@ class Proposals:
 
     Attributes:
         logits: (B, S, C) class logits. features: (B, S, D).
-        centre_logits: (B, S, 2) logit of each token's centre, infinite where a token has none.
-        head: MLP from features to offsets (..., 2 K).
+        centres: (B, S, 2) of each token, the picture's far corner where a token has none.
+        unit: (B, S, 2) what the head's steps count in; None for logits.
+        head: MLP from features to steps (..., 2 K).
+        first_steps: (B, S, 2 K) that the head's add to, from the prior; None without one.
+        first_logits: (B, S, C) what decoder layers change: the prior's, or without one those of the proposals.
     """
 
     logits: Tensor
     features: Tensor
-    centre_logits: Tensor
+    centres: Tensor
+    unit: Tensor | None
     head: nn.Module
+    first_steps: Tensor | None
+    first_logits: Tensor
 
     def keypoints_at(self, image: Tensor, token: Tensor) -> Tensor:
         """Keypoints (..., K, 2) of tokens of images, indices (...,) that broadcast."""
-        offsets = self.head(self.features[image, token]).unflatten(-1, (-1, 2))  # (..., K, 2)
-        return (offsets + self.centre_logits[image, token][..., None, :]).sigmoid()
+        every = (self.features, self.centres, self.unit, self.first_steps)
+        return self._poses(*(None if x is None else x[image, token] for x in every))
 
     @torch.no_grad()
     def predictions(self) -> Predictions:
         """Logits (B, S, C) and keypoints (B, S, K, 2) of all tokens, without gradient."""
-        offsets = self.head(self.features).unflatten(-1, (-1, 2))
-        return Predictions(self.logits.detach(), (offsets + self.centre_logits[..., None, :]).sigmoid())
+        return Predictions(self.logits.detach(), self._poses(self.features, self.centres, self.unit, self.first_steps))
+
+    def _poses(self, features: Tensor, centres: Tensor, unit: Tensor | None, first_steps: Tensor | None) -> Tensor:
+        steps = self.head(features)
+        steps = (steps if first_steps is None else steps + first_steps).unflatten(-1, (-1, 2))  # (..., K, 2)
+        if unit is None:
+            # The far corner's logit stays infinite: whatever the step, such a token predicts the corner.
+            return (steps + (centres / (1 - centres)).log()[..., None, :]).sigmoid()
+        return centres[..., None, :] + steps * unit[..., None, :]
+
+
+class ProposalQueries(nn.Module):
+    """Queries out of proposals: the content is the token's, the position that of the pose.
+
+    Both groups of hybrid matching begin from the best proposals; a vector on the content tells the one-to-many queries
+    from the others. The published ones take the proposals ranked after the one-to-one queries': of the few tokens of a
+    small model these are background, and far from every person.
+    """
+
+    def __init__(self, config: HPetrConfig):
+        super().__init__()
+        width = config.d_model
+        self.content = nn.Linear(width, width)
+        self.content_norm = nn.LayerNorm(width)
+        self.one_to_many = nn.Parameter(torch.zeros(width))
+        self.position = nn.Sequential(
+            nn.Linear(width + 2 * config.num_keypoints + 2, width), nn.ReLU(), nn.Linear(width, width)
+        )
+
+    def contents(self, features: Tensor, groups: list[int]) -> Tensor:
+        """Features (B, Q, D) of the proposing tokens -> (B, Q, D); they learn from the proposals' losses alone."""
+        contents = self.content_norm(self.content(features.detach()))
+        if not groups[1]:
+            return contents
+        first, second = contents.split(groups, 1)
+        return torch.cat([first, second + self.one_to_many], 1)
+
+    def positions(self, poses: Tensor) -> Tensor:
+        """Poses (B, Q, K, 2), 1 = the picture -> (B, Q, D): where the middle is, the shape, and the size."""
+        centre = (poses.amax(-2) + poses.amin(-2)) / 2  # (B, Q, 2)
+        extent = half_extent(poses, poses.new_tensor(1e-3))  # (B, Q, 1, 2)
+        shape = ((poses - centre[..., None, :]) / extent).flatten(-2)  # (B, Q, 2 K)
+        place = sine_encoding(centre, self.content.in_features // 2).flatten(-2)  # (B, Q, D)
+        return self.position(torch.cat([place, shape, extent.flatten(-2).log()], -1))
 
 
 class PoseDecoder(nn.Module):
@@ -102,8 +166,13 @@ class PoseDecoder(nn.Module):
         super().__init__()
         width, joints = config.d_model, config.num_keypoints
         self.num_queries, self.num_joints = config.num_queries, joints
-        total = config.num_queries + config.num_one_to_many_queries
-        self.query_embedding = nn.Embedding(total, 2 * width)
+        self.num_one_to_many = config.num_one_to_many_queries
+        self.size_steps = config.steps == "size"
+        self.sigmas = tuple(config.skeleton["sigmas"])
+        if config.queries == "learned":
+            self.query_embedding = nn.Embedding(self.num_queries + self.num_one_to_many, 2 * width)
+        else:
+            self.proposal_queries = ProposalQueries(config)
         self.proposal_proj = nn.Linear(width, width)
         self.proposal_norm = nn.LayerNorm(width)
         self.layers = DeformableLayers(
@@ -124,43 +193,82 @@ class PoseDecoder(nn.Module):
     def propose(self, memory: Tensor, grid: Grid) -> Proposals:
         """A pose from every token of memory (B, S, D).
 
-        Tokens on padding or within 1% of the border have no centre: their memory is zeroed and their centre's logit is
-        infinite, so that they predict the picture's far corner. As published, they still take part in the ranking.
+        Tokens on padding or within 1% of the border have no centre: their memory is zeroed and their centre is the
+        picture's far corner. As published, they still take part in the ranking.
         """
         centres = grid.centres
         valid = ((centres > BORDER) & (centres < 1 - BORDER)).all(-1, keepdim=True)  # (B, S, 1)
         if grid.padding_mask is not None:
             valid = valid & ~grid.padding_mask[..., None]
-        centre_logits = torch.where(valid, (centres / (1 - centres)).log(), torch.inf)
         features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
+        logits, first_steps = outside_autocast(self.class_heads[-1], features), None
+        first_logits = logits
+        if grid.prior is not None:
+            first_logits, first_steps = grid.prior.of_tokens(grid.spatial_shapes)
+            first_logits = torch.where(valid, first_logits, FLOOR)
+            logits = logits + first_logits
+            # A token has two of the prior's cells a side.
+            first_steps = first_steps.masked_fill(~valid, 0.0) / 2
         return Proposals(
-            outside_autocast(self.class_heads[-1], features), features, centre_logits, self.keypoint_heads[-1]
+            logits=logits,
+            features=features,
+            centres=torch.where(valid, centres, 1.0),
+            unit=grid.cells_of_tokens() if self.size_steps else None,
+            head=self.keypoint_heads[-1],
+            first_steps=first_steps,
+            first_logits=first_logits.detach(),
         )
+
+    def repetition(self, poses: Tensor, logits: Tensor, grid: Grid, groups: list[int]) -> Tensor:
+        """What queries (B, Q, K, 2) lose of their class logits (B, Q, C) for repeating likelier ones: (B, Q, 1).
+
+        One-to-many queries may repeat each other.
+        """
+        first = groups[0]
+        # In cells, which are square: x and y of the picture's shares are of different lengths.
+        lengths = poses[:, :first] / grid.cells[:, None, :1]
+        sigmas = to_device(torch.tensor(self.sigmas, dtype=lengths.dtype), lengths.device)
+        again = repeated(lengths, logits[:, :first, 0], sigmas) ** REPETITION_POWER * REPETITION
+        return F.pad(again, (0, groups[1]))[..., None]
 
     def forward(self, memory: Tensor, grid: Grid, *, one_to_many: bool) -> tuple[Proposals, Predictions, list[int]]:
         """Proposals, then every layer's poses.
 
         Args:
             memory: (B, S, D).
-            one_to_many: also run the queries of hybrid matching (training). They take the proposals ranked after the
-                one-to-one queries', and neither group sees the other: leaving them out changes nothing else.
+            one_to_many: also run the queries of hybrid matching (training). Learned ones take the proposals ranked
+                after the one-to-one queries'. Neither group sees the other: leaving them out changes nothing else.
         Returns:
             The proposals, the layers' predictions (layers, B, Q, ...), and the two groups' sizes. A
             picture with fewer tokens than queries leaves the last queries out.
         """
         proposals = self.propose(memory, grid)
-        wanted = self.query_embedding.num_embeddings if one_to_many else self.num_queries
+        learned, tokens = hasattr(self, "query_embedding"), memory.shape[1]
         # Python's min would tie an exported graph to the traced picture's side of the comparison.
-        total = torch.sym_min(wanted, memory.shape[1])
-        one_to_one = torch.sym_min(self.num_queries, memory.shape[1])
-        groups = [one_to_one, total - one_to_one]
-        best = proposals.logits[..., 0].topk(total, dim=1).indices  # (B, Q)
+        one_to_one = torch.sym_min(self.num_queries, tokens)
+        more = self.num_one_to_many if one_to_many else 0
+        groups = [one_to_one, torch.sym_min(more, tokens - one_to_one if learned else tokens)]
+        count = sum(groups) if learned else torch.sym_max(*groups)
+        best = proposals.logits[..., 0].topk(count, dim=1).indices  # (B, Q)
+        if not learned and groups[1]:
+            best = torch.cat([best[:, :size] for size in groups], 1)
         with torch.no_grad():
             # best.shape[0], not len(best): an export would fix the batch.
-            references = proposals.keypoints_at(torch.arange(best.shape[0], device=best.device)[:, None], best)
-        position, x = self.query_embedding.weight[:total].expand(memory.shape[0], -1, -1).chunk(2, -1)  # (B, Q, D)
+            image = torch.arange(best.shape[0], device=best.device)[:, None]
+            references = proposals.keypoints_at(image, best)
+            if grid.prior is not None:
+                references = grid.prior.snap(references, grid)
+        if learned:
+            position, x = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1).chunk(2, -1)
+        else:
+            x = self.proposal_queries.contents(proposals.features[image, best], groups)  # (B, Q, D)
+            first_logits = proposals.first_logits[image, best]  # (B, Q, C)
+            if grid.prior is not None:
+                first_logits = first_logits - self.repetition(references, first_logits, grid, groups)
         logits, keypoints = [], []
         for i, layer in enumerate(self.layers):
+            if not learned:
+                position = self.proposal_queries.positions(references)
             x = layer(
                 x,
                 position,
@@ -170,9 +278,11 @@ class PoseDecoder(nn.Module):
                 grid.spatial_shapes,
                 [size for size in groups if size],
             )
-            offsets = self.keypoint_heads[i](x).unflatten(-1, (self.num_joints, 2))  # (B, Q, K, 2)
-            logits.append(outside_autocast(self.class_heads[i], x))
-            keypoints.append((offsets + inverse_sigmoid(references)).sigmoid())
+            steps = self.keypoint_heads[i](x).unflatten(-1, (self.num_joints, 2))  # (B, Q, K, 2)
+            unit = half_extent(references, grid.cells[:, None, :1]) * EXTENT_SHARE if self.size_steps else None
+            change = outside_autocast(self.class_heads[i], x)
+            logits.append(change if learned else first_logits + change)
+            keypoints.append(moved(references, steps, unit))
             references = keypoints[-1].detach()
         return proposals, Predictions(torch.stack(logits), torch.stack(keypoints)), groups
 
@@ -183,6 +293,7 @@ class JointDecoder(nn.Module):
     def __init__(self, config: HPetrConfig):
         super().__init__()
         width = config.d_model
+        self.size_steps = config.steps == "size"
         self.query_embedding = nn.Embedding(config.num_keypoints, 2 * width)
         self.layers = DeformableLayers(
             DeformableLayer(
@@ -194,9 +305,14 @@ class JointDecoder(nn.Module):
             for _ in range(config.joint_decoder_layers)
         )
         self.heads = nn.ModuleList(KeypointHead(width, width, 2, 2) for _ in range(config.joint_decoder_layers))
+        self.score_head = KeypointHead(width, width, 1, 1) if config.keypoint_scores else None
 
-    def forward(self, memory: Tensor, grid: Grid, poses: Tensor) -> Tensor:
-        """memory (B, S, D) and poses (B, T, K, 2) -> the poses after every layer (layers, B, T, K, 2).
+    def forward(self, memory: Tensor, grid: Grid, poses: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Refine poses (B, T, K, 2) with memory (B, S, D).
+
+        Returns:
+            The poses after every layer (layers, B, T, K, 2), and the logits of the joints' scores after the last one
+            (B, T, K), where the model has such.
 
         The value is projected once an image; the T * K queries of all its poses sample that one projection.
         """
@@ -207,10 +323,12 @@ class JointDecoder(nn.Module):
             for part in self.query_embedding.weight.chunk(2, -1)
         )
         references = poses.flatten(1, 2)  # (B, T * K, 2)
+        unit = grid.cells[:, :1] * CELL_SHARE if self.size_steps else None  # (B, 1, 2)
         outputs = []
         for layer, head in zip(self.layers, self.heads, strict=True):
             scaled = grid.scale_references(references[:, :, None])
             x = layer(x, position, scaled, memory, grid.padding_mask, grid.spatial_shapes, joints)
-            outputs.append((head(x) + inverse_sigmoid(references)).sigmoid().view(batch, count, joints, 2))
+            outputs.append(moved(references, head(x), unit).view(batch, count, joints, 2))
             references = outputs[-1].flatten(1, 2).detach()
-        return torch.stack(outputs)
+        scores = None if self.score_head is None else self.score_head(x).view(batch, count, joints)
+        return torch.stack(outputs), scores

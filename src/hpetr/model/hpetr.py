@@ -34,6 +34,7 @@ from hpetr.model.losses import (
     start_matching,
 )
 from hpetr.model.matching import Targets, check_labels, make_targets
+from hpetr.model.prior import PosePrior
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -52,6 +53,7 @@ class HPetrOutput(ModelOutput):
     Attributes:
         loss: scalar, with labels. loss_dict: its weighted terms, which sum to it.
         scores: (B, T) class probability, best first. poses: (B, T, K, 2) after the joint decoder. pose_labels: (B, T).
+            keypoint_scores: (B, T, K) probability that a joint is right, where `config.keypoint_scores`.
             None while training with labels, where the joint decoder refines the matched poses instead.
         logits: (B, N, C), keypoints: (B, N, K, 2) of the last pose-decoder layer.
         decoder_logits: (layers, B, N, C), decoder_keypoints: (layers, B, N, K, 2).
@@ -63,6 +65,7 @@ class HPetrOutput(ModelOutput):
     scores: Tensor | None = None
     poses: Tensor | None = None
     pose_labels: Tensor | None = None
+    keypoint_scores: Tensor | None = None
     logits: Tensor | None = None
     keypoints: Tensor | None = None
     decoder_logits: Tensor | None = None
@@ -86,8 +89,9 @@ class HPetrForPoseEstimation(PreTrainedModel):
         self.encoder = Encoder(config, config.encoder_layers, config.num_feature_levels)
         self.pose_decoder = PoseDecoder(config)
         self.joint_decoder = JointDecoder(config)
-        self.heatmap_encoder = Encoder(config, 1, 1)
-        self.heatmap_head = nn.Linear(config.d_model, config.num_keypoints)
+        if self.has_heatmap_branch(config):
+            self.heatmap_encoder = Encoder(config, 1, 1)
+            self.heatmap_head = nn.Linear(config.d_model, config.num_keypoints)
         self.post_init()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -118,16 +122,31 @@ class HPetrForPoseEstimation(PreTrainedModel):
             init.copy_(module.sampling_offsets.bias, module.initial_offsets())
             init.zeros_(module.attention_weights.weight)
         elif isinstance(module, PoseDecoder):
+            *layers, proposals = module.class_heads
             for head in module.class_heads:
                 init.constant_(cast("Tensor", head.bias), math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
+            # What changes logits begins with no change.
+            for head in (layers if self.config.queries == "proposals" else []) + (
+                [proposals] if self.config.pose_prior else []
+            ):
+                init.zeros_(cast("Tensor", head.weight))
+                init.zeros_(cast("Tensor", head.bias))
             for head in module.keypoint_heads:
                 init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
+        elif isinstance(module, PosePrior):
+            init.zeros_(module.projection.weight)
+            init.copy_(cast("Tensor", module.projection.bias), module.initial_bias())
         elif isinstance(module, JointDecoder):
-            for head in module.heads:
+            for head in [*module.heads, *([] if module.score_head is None else [module.score_head])]:
                 init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
-        elif isinstance(module, HPetrForPoseEstimation):
+        elif isinstance(module, HPetrForPoseEstimation) and self.has_heatmap_branch(module.config):
             init.normal_(module.heatmap_head.weight, std=0.01)
             init.constant_(module.heatmap_head.bias, math.log(HEATMAP_PRIOR / (1 - HEATMAP_PRIOR)))
+
+    @staticmethod
+    def has_heatmap_branch(config: HPetrConfig) -> bool:
+        """Whether the heatmap loss is that of a branch of its own, as published, and not of the prior's heatmaps."""
+        return config.loss_heatmap > 0 and not config.pose_prior
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """None: there are no tokens to embed. accelerate's FSDP asks, and transformers would raise."""
@@ -204,8 +223,12 @@ class HPetrForPoseEstimation(PreTrainedModel):
 
     def tokenize(self, pixel_values: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Grid]:
         """Pixels (B, 3, H, W) and padding (B, H, W) to tokens (B, S, D), their positions (B or 1, S, D) and grid."""
-        maps, masks = self.backbone(pixel_values, padding)
-        grid = make_grid(maps, masks)
+        maps, masks, prior = self.backbone(pixel_values, padding)
+        shares = None
+        if padding is not None and self.config.steps == "size":
+            inside = ~padding
+            shares = torch.stack([inside[:, 0].float().mean(1), inside[:, :, 0].float().mean(1)], -1)  # (B, 2)
+        grid = make_grid(maps, masks, shares, prior)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, D)
         levels = torch.cat(
             [
@@ -259,7 +282,8 @@ class HPetrForPoseEstimation(PreTrainedModel):
             output.loss_dict = self.losses(memory, grid, proposals, layers, groups, targets, width)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         if labels is None or not self.training:
-            output.scores, output.poses, output.pose_labels = self.refine_best(memory, grid, one_to_one)
+            refined = self.refine_best(memory, grid, one_to_one)
+            output.scores, output.poses, output.pose_labels, output.keypoint_scores = refined
         return output
 
     @staticmethod
@@ -272,15 +296,23 @@ class HPetrForPoseEstimation(PreTrainedModel):
         inside = pixel_mask != 0
         return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], -1).float()
 
-    def refine_best(self, memory: Tensor, grid: Grid, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B, T), poses (B, T, K, 2) and labels (B, T) of the best T, refined by the joint decoder."""
+    def refine_best(
+        self, memory: Tensor, grid: Grid, predictions: Predictions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Scores (B, T), poses (B, T, K, 2), labels (B, T) and joints' scores (B, T, K) of the best T.
+
+        The joint decoder refines the poses; only a model with `config.keypoint_scores` has the last.
+        """
         scores = predictions.logits[-1].sigmoid()  # (B, N, C)
         classes = scores.shape[-1]
         flat = scores.flatten(1)
         best, index = flat.topk(torch.sym_min(self.config.num_poses, flat.shape[1]), dim=1)  # (B, T)
         query = torch.div(index, classes, rounding_mode="floor")[..., None, None]
         chosen = predictions.keypoints[-1].gather(1, query.expand(-1, -1, *predictions.keypoints.shape[-2:]))
-        return best, self.joint_decoder(memory, grid, chosen)[-1], index % classes
+        poses, logits = self.joint_decoder(memory, grid, chosen)
+        keypoint_scores = None if logits is None else logits.sigmoid()
+        # Steps of `config.steps` = "size" may lead out of the picture.
+        return best, poses[-1].clamp(0, 1), index % classes, keypoint_scores
 
     def losses(
         self,
@@ -298,13 +330,13 @@ class HPetrForPoseEstimation(PreTrainedModel):
         groups = [size for size in groups if size]
         every = proposals.predictions()
         assignment = start_matching(every, layers, groups, targets, config, sigmas)
-        heatmap = self.heatmap_losses(memory, grid.first_level(), targets, padded_width)
+        heatmap = self.heatmap_losses(memory, grid, targets, padded_width) if config.loss_heatmap else {}
         matching = finish_matching(assignment, groups, device)
         counts = match_counts(matching, targets)
         terms = proposal_losses(proposals, every.keypoints, matching.proposals, targets, config, sigmas, counts[0])
         terms |= decoder_losses(layers, groups, matching.layers, targets, config, sigmas, counts[1])
-        poses = self.joint_decoder(memory, grid, self.matched_poses(layers.keypoints[-1].detach(), matching))
-        return terms | heatmap | joint_losses(poses, matching.joint, targets, config, sigmas, counts[2])
+        poses, scores = self.joint_decoder(memory, grid, self.matched_poses(layers.keypoints[-1].detach(), matching))
+        return terms | heatmap | joint_losses(poses, scores, matching.joint, targets, config, sigmas, counts[2])
 
     @staticmethod
     def matched_poses(keypoints: Tensor, matching: Matching) -> Tensor:
@@ -318,11 +350,17 @@ class HPetrForPoseEstimation(PreTrainedModel):
         return keypoints.gather(1, index[..., None, None].expand(-1, -1, *keypoints.shape[-2:]))
 
     def heatmap_losses(self, memory: Tensor, grid: Grid, targets: Targets, padded_width: int) -> dict[str, Tensor]:
-        """The heatmap branch over the finest level alone; without position, as published."""
+        """The heatmap branch over the finest level alone, without position, as published; or the prior's heatmaps."""
+        first = grid.first_level()
         height, width = grid.spatial_shapes[0]
-        tokens = memory[:, : height * width]
-        features = self.heatmap_encoder(tokens, torch.zeros_like(tokens[:1]), grid)
-        logits = self.heatmap_head(features).transpose(1, 2).unflatten(-1, (height, width))  # (B, K, H, W)
-        padding = None if grid.padding_mask is None else grid.padding_mask.unflatten(-1, (height, width))
-        stride = round(padded_width / width)
-        return heatmap_loss(logits, padding, targets, stride, self.config)
+        padding = None if first.padding_mask is None else first.padding_mask.unflatten(-1, (height, width))
+        if grid.prior is None:
+            tokens = memory[:, : height * width]
+            features = self.heatmap_encoder(tokens, torch.zeros_like(tokens[:1]), first)
+            logits = self.heatmap_head(features).transpose(1, 2).unflatten(-1, (height, width))  # (B, K, H, W)
+        else:
+            logits = grid.prior.heat
+            height, width = logits.shape[-2:]
+            if padding is not None:
+                padding = padding.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
+        return heatmap_loss(logits, padding, targets, round(padded_width / width), self.config)

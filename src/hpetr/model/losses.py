@@ -20,6 +20,7 @@ from hpetr.model.matching import (
     Matches,
     Targets,
     at_least_float32,
+    keypoint_similarity,
     object_keypoint_similarity,
     pose_cost,
 )
@@ -68,7 +69,8 @@ def start_matching(
     costs = [pose_cost(proposals, targets, config, sigmas)]
     layer_costs = pose_cost(layers, targets, config, sigmas).split(groups, 2)  # a (layers, B, Q_g, n) each
     costs += [group[i] for i in range(depth) for group in layer_costs]
-    return Assignment(costs, targets.counts, [1] + [1, config.one_to_many_k][: len(groups)] * depth)
+    repeats = [config.proposal_k] + [1, config.one_to_many_k][: len(groups)] * depth
+    return Assignment(costs, targets.counts, repeats)
 
 
 def finish_matching(assignment: Assignment, groups: list[int], device: torch.device) -> Matching:
@@ -121,11 +123,12 @@ def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Te
     Args:
         predictions: logits (..., B, Q, C) with gradient; keypoints say which queries lie in ignore boxes, where
             unmatched ones count nothing.
-        truth: like the logits, 1 where a query is matched to that class.
+        truth: like the logits, 1 where a query is matched to that class, or how well it fits, 0..1 (then this is the
+            quality focal loss of Li et al. 2020, arXiv 2006.04388, with focal loss's alpha).
     """
     logits = at_least_float32(predictions.logits)
     probability = logits.sigmoid()
-    miss = probability * (1 - truth) + (1 - probability) * truth
+    miss = (truth - probability).abs()
     alpha = FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)
     loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * alpha * miss**FOCAL_GAMMA
     if targets.ignore_boxes.shape[1]:
@@ -134,14 +137,19 @@ def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Te
     return loss.sum(-1)
 
 
+def oks_loss(similarity: Tensor, config: HPetrConfig) -> Tensor:
+    """The loss of an object keypoint similarity."""
+    return 1 - similarity if config.oks_loss == "linear" else -similarity.clamp(min=1e-6).log()
+
+
 def keypoint_terms(keypoints: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 (normalised coordinates) and -log OKS (pixels) of matched poses (..., m, K, 2): (..., m) each."""
+    """L1 (normalised coordinates) and object keypoint similarity of matched poses (..., m, K, 2): (..., m) each."""
     visible = targets.visible[matches.image, matches.target]  # (m, K)
     difference = keypoints - targets.keypoints[matches.image, matches.target]  # (..., m, K, 2)
     l1 = (difference.abs() * visible[..., None]).sum((-1, -2))
     squared = (difference * targets.sizes[matches.image][:, None]).square().sum(-1)  # (..., m, K) pixels^2
     oks = object_keypoint_similarity(squared, visible, targets.areas[matches.image, matches.target], sigmas)
-    return l1, -oks.clamp(min=1e-6).log() * visible.any(-1)
+    return l1, oks
 
 
 def proposal_losses(
@@ -186,11 +194,15 @@ def decoder_losses(
     depth = len(layers.logits)
     layer = torch.div(matches.part, len(groups), rounding_mode="floor")
     truth = torch.zeros_like(layers.logits, dtype=torch.promote_types(layers.logits.dtype, torch.float32))
-    truth[layer, matches.image, matches.query, targets.classes[matches.image, matches.target]] = 1
+    matched = layers.keypoints[layer, matches.image, matches.query]  # (m, K, 2)
+    distance, similarity = keypoint_terms(matched, matches, targets, sigmas)
+    classes = targets.classes[matches.image, matches.target]
+    quality = similarity.detach() if config.class_target == "oks" else 1.0
+    truth[layer, matches.image, matches.query, classes] = quality
     focal = focal_terms(layers, truth, targets).sum(1)  # (layers, Q)
     focal = torch.stack([group.sum(-1) for group in focal.split(groups, 1)], -1)  # (layers, groups)
-    matched = layers.keypoints[layer, matches.image, matches.query]  # (m, K, 2)
-    l1, oks = (matches.sums(term).view(depth, -1) for term in keypoint_terms(matched, matches, targets, sigmas))
+    seen = targets.visible[matches.image, matches.target].any(-1)
+    l1, oks = (matches.sums(x).view(depth, -1) for x in (distance, oks_loss(similarity, config) * seen))
     people, coordinates = counts.view(depth, len(groups), 2).unbind(-1)
     sums = {
         "class": config.loss_class * (focal / people).sum(-1),  # (layers,) each
@@ -201,19 +213,44 @@ def decoder_losses(
 
 
 def joint_losses(
-    poses: Tensor, matches: Matches, targets: Targets, config: HPetrConfig, sigmas: Tensor, counts: Tensor
+    poses: Tensor,
+    scores: Tensor | None,
+    matches: Matches,
+    targets: Targets,
+    config: HPetrConfig,
+    sigmas: Tensor,
+    counts: Tensor,
 ) -> dict[str, Tensor]:
     """Losses of every joint-decoder layer over the matched poses of both groups.
 
     Args:
-        poses: (layers, B, T, K, 2). counts: (1, 2).
+        poses: (layers, B, T, K, 2). scores: (B, T, K) logits of the joints' scores, or None. counts: (1, 2).
     """
-    l1, oks = keypoint_terms(poses[:, matches.image, matches.slot], matches, targets, sigmas)  # (layers, m) each
+    l1, similarity = keypoint_terms(poses[:, matches.image, matches.slot], matches, targets, sigmas)  # (layers, m)
+    oks = oks_loss(similarity, config) * targets.visible[matches.image, matches.target].any(-1)
     terms = {}
     for i in range(len(poses)):
         terms[f"joint.{i}.l1"] = config.loss_joint_l1 * l1[i].sum() / counts[0, 1]
         terms[f"joint.{i}.oks"] = config.loss_joint_oks * oks[i].sum() / counts[0, 0]
+    if scores is not None:
+        matched = poses[-1, matches.image, matches.slot].detach(), scores[matches.image, matches.slot]
+        terms["joint.score"] = config.loss_keypoint_score * score_loss(*matched, matches, targets, sigmas)
     return terms
+
+
+def score_loss(poses: Tensor, scores: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> Tensor:
+    """Binary cross-entropy of the scores of joints (m, K) of matched poses (m, K, 2), averaged over joints.
+
+    A labelled joint is right where its keypoint similarity is at least one half, an absent one wrong; joints of which
+    nothing is known do not count.
+    """
+    person = matches.image, matches.target
+    difference = (poses - targets.keypoints[person]) * targets.sizes[matches.image][:, None]
+    right = keypoint_similarity(difference.square().sum(-1), targets.areas[person], sigmas) >= 0.5  # (m, K)
+    visible, absent = targets.visible[person], targets.absent[person]
+    loss = F.binary_cross_entropy_with_logits(at_least_float32(scores), (right & visible).float(), reduction="none")
+    known = visible | absent
+    return (loss * known).sum() / mean_over_processes(known.sum().float())
 
 
 def gaussian_radius(width: Tensor, height: Tensor, min_overlap: float = 0.9) -> Tensor:

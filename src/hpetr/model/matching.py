@@ -24,7 +24,7 @@ class Targets:
 
     Attributes:
         keypoints: (B, n, K, 2) x, y normalised to the unpadded picture.
-        visible: (B, n, K) bool, true where a keypoint is labelled.
+        visible: (B, n, K) bool, true where a keypoint is labelled. absent: likewise, where nobody can see it.
         areas: (B, n) pixels^2. boxes: (B, n, 4) xyxy pixels. classes: (B, n).
         sizes: (B, 2) width and height of the unpadded pictures in pixels.
         ignore_boxes: (B, m, 4) xyxy pixels of regions that are neither person nor background; zeros pad.
@@ -33,6 +33,7 @@ class Targets:
 
     keypoints: Tensor
     visible: Tensor
+    absent: Tensor
     areas: Tensor
     boxes: Tensor
     classes: Tensor
@@ -95,6 +96,7 @@ def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
     return Targets(
         keypoints=keypoints[..., :2] / sizes[:, None, None],
         visible=keypoints[..., 2] > 0,
+        absent=keypoints[..., 2] < 0,
         areas=batched("areas", torch.float32).clamp(min=1e-6),
         boxes=batched("boxes", torch.float32),
         classes=batched("class_labels", torch.int64),
@@ -104,16 +106,21 @@ def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
     )
 
 
+def keypoint_similarity(squared_distances: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
+    """exp(-d^2 / (2 area (2 sigma)^2)) of joints (..., K), from d^2 and areas (...,) in pixels^2 and sigmas (K,)."""
+    return (-squared_distances / (2 * areas[..., None] * (2 * sigmas) ** 2)).exp()
+
+
 def object_keypoint_similarity(squared_distances: Tensor, visible: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
-    """COCO's OKS, the mean over labelled keypoints of exp(-d^2 / (2 area (2 sigma)^2)).
+    """COCO's OKS, the mean of `keypoint_similarity` over labelled keypoints.
 
     Args:
         squared_distances: (..., K) pixels^2. visible: (..., K). areas: (...,) pixels^2. sigmas: (K,).
     Returns:
         (...,); 0 where no keypoint is labelled.
     """
-    exponent = squared_distances / (2 * areas[..., None] * (2 * sigmas) ** 2)
-    return ((-exponent).exp() * visible).sum(-1) / visible.sum(-1).clamp(min=1)
+    similarity = keypoint_similarity(squared_distances, areas, sigmas)
+    return (similarity * visible).sum(-1) / visible.sum(-1).clamp(min=1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Its pixels are (RGB - 127.5) / 127.5: image_mean = image_std = (0.5, 0.5, 0.5) o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from hpetr.model.efficientnet_lite import AlignedConv2d
+from hpetr.model.prior import PosePrior
 
 # (blocks, stride of the first block, expansion, output channels), one row a stage
 STAGES = ((1, 1, 1, 24), (2, 2, 6, 40), (3, 2, 6, 48), (4, 2, 6, 96), (3, 1, 6, 144), (3, 2, 6, 240), (1, 1, 6, 480))
@@ -26,7 +28,7 @@ TOP_CHANNELS = 1280
 PYRAMID = (("top", 64, 64), ("stage4", 64, 32), ("stage3", 32, 24), ("stage2", 24, 24))
 HEAD_WIDTH = 96
 # Output channels of each head, and by what they are multiplied in the maps: on photographs they then vary about as much
-# as the other channels do (standard deviation 0.2 to 0.6). Distances in cells and logits would drown the rest: 9 and 2.
+# as the pyramid's channels do (standard deviation 0.2 to 0.6). Distances in cells and logits would drown them: 9 and 2.
 HEADS = {
     "box_offset": (2, 2.0),
     "box_scale": (2, 0.05),
@@ -35,7 +37,7 @@ HEADS = {
     "offset": (34, 0.5),
     "regress": (34, 0.125),
 }
-HEAD_CHANNELS = PYRAMID[-1][2] + len(HEADS) * HEAD_WIDTH + sum(channels for channels, _ in HEADS.values())
+HEAD_CHANNELS = PYRAMID[-1][2] + sum(channels for channels, _ in HEADS.values())
 # Name, stride and channels of everything that can be asked for, finest first.
 MAPS = {
     "stem": (2, STEM_CHANNELS),
@@ -61,9 +63,8 @@ class MoveNetConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of MoveNet MultiPose.
 
     `out_features` are names of `MAPS`, finest first: "stem" and "stage1" to "stage7" of the trunk, "top" (its last
-    1x1 convolution), "fpn32" to "fpn4" of the pyramid, "heads4" (the pyramid's finest map, what every head has before
-    its last convolution, and the heads' outputs) and "heads8" (the same with each 2x2 of cells in one). What none of
-    them needs is not built.
+    1x1 convolution), "fpn32" to "fpn4" of the pyramid, "heads4" (the pyramid's finest map and the heads' outputs) and
+    "heads8" (the same with each 2x2 of cells in one). What none of them needs is not built.
     """
 
     model_type = "movenet"
@@ -154,9 +155,8 @@ class Head(nn.Module):
         self.hidden = SeparableConv(PYRAMID[-1][2], HEAD_WIDTH)
         self.output = _conv(HEAD_WIDTH, outputs)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(x)
-        return hidden, self.output(hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.hidden(x))
 
 
 class MoveNetBackbone(BackboneMixin, PreTrainedModel):
@@ -217,9 +217,8 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             maps |= self.pyramid(maps)
         if len(self.heads):
             finest = maps["fpn4"]
-            pairs = {name: cast(Head, head)(finest) for name, head in self.heads.items()}
-            scaled = [output * HEADS[name][1] for name, (_, output) in pairs.items()]
-            maps["heads4"] = torch.cat([finest, *(hidden for hidden, _ in pairs.values()), *scaled], 1)
+            scaled = [cast(Head, head)(finest) * HEADS[name][1] for name, head in self.heads.items()]
+            maps["heads4"] = torch.cat([finest, *scaled], 1)
             if "heads8" in self.out_features:
                 maps["heads8"] = _cells_together(maps["heads4"])
         wanted = [maps[name] for name in self.out_features]
@@ -227,6 +226,37 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             strides = [MAPS[name][0] for name in self.out_features]
             wanted = [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(wanted, strides, strict=True)]
         return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
+
+
+    @staticmethod
+    @torch.no_grad()
+    def fill_prior(prior: PosePrior, joints: Mapping[int, int]) -> None:
+        """Give a prior over the map "heads4" what MoveNet's heads say, which is in the map.
+
+        Args:
+            joints: for each joint of the prior that is one of COCO's, which.
+        """
+        first, places = PYRAMID[-1][2], {}
+        for name, (channels, _) in HEADS.items():
+            places[name] = first
+            first += channels
+        weight, bias = prior.projection.weight[..., 0, 0], cast("Tensor", prior.projection.bias)
+        classes, total, _, _ = prior.sizes
+        heat = classes + total
+        offsets = heat + total // 2
+
+        def copy(row: int, head: str, channel: int, shift: float) -> None:
+            weight[row] = 0
+            weight[row, places[head] + channel] = 1 / HEADS[head][1]
+            bias[row] = shift
+
+        copy(0, "center", 0, 0.0)
+        for own, theirs in joints.items():
+            copy(heat + own, "heatmap", theirs, 0.0)
+            for axis in (0, 1):
+                # MoveNet has y before x, and a cell's place is its first corner: half a cell from the centre.
+                copy(classes + 2 * own + axis, "regress", 2 * theirs + 1 - axis, -0.5)
+                copy(offsets + 2 * own + axis, "offset", 2 * theirs + 1 - axis, -0.5)
 
 
 AutoConfig.register(MoveNetConfig.model_type, MoveNetConfig, exist_ok=True)

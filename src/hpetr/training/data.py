@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +92,7 @@ class TrainingSet(Dataset[Sample]):
     ):
         self.datasets, self.transform, self.seed = datasets, transform, seed
         self.mosaics, self.fill = mosaics, fill
+        self.absent = [source.unlabelled == "absent" for source in sources]
         self.places: list[tuple[int, int]] = []  # data set and picture
         for number, (data, source) in enumerate(zip(datasets, sources, strict=True)):
             chosen = np.flatnonzero(data.has_people) if source.only_with_people else range(len(data))
@@ -104,8 +106,17 @@ class TrainingSet(Dataset[Sample]):
         places = [draw.place]
         if self.mosaics and rng.random() < self.mosaics:
             places += rng.integers(len(self), size=3).tolist()
-        samples = [self.datasets[dataset][index] for dataset, index in (self.places[place] for place in places)]
+        samples = [self.sample(*self.places[place]) for place in places]
         return self.transform(samples[0] if len(samples) == 1 else mosaic(samples, self.fill), rng)
+
+    def sample(self, dataset: int, index: int) -> Sample:
+        """A picture as it is in its data set."""
+        sample = self.datasets[dataset][index]
+        if not self.absent[dataset]:
+            return sample
+        keypoints = sample.keypoints.copy()
+        keypoints[keypoints[..., 2] == 0, 2] = -1
+        return replace(sample, keypoints=keypoints)
 
     def shapes(self) -> np.ndarray:
         """(N,) width / height of every picture."""

@@ -20,7 +20,7 @@ def parameter_groups(model: torch.nn.Module, recipe: TrainRecipe) -> list[dict[s
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = 1.0
-            if "backbone.body." in name:  # a wrapped model puts its own prefix in front
+            if "backbone.body." in name or "backbone.prior." in name:  # a wrapped model puts its own prefix in front
                 factor = recipe.backbone_lr_factor
             elif "sampling_offsets" in name:
                 factor = recipe.offsets_lr_factor

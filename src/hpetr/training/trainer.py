@@ -106,10 +106,11 @@ class PoseTrainer(Trainer):
         val: PoseDataset | None,
         args: TrainingArguments,
     ):
+        self.collator = PoseCollator.from_processor(processor)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PoseCollator.from_processor(processor),
+            data_collator=self.collator,
             train_dataset=data,
             eval_dataset=val,
             processing_class=processor,
@@ -144,6 +145,7 @@ class PoseTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pictures = Pictures.of(inputs.pop("pictures"))
+        inputs["pixel_values"] = self.collator.normalize(inputs["pixel_values"], inputs["pixel_mask"])
         try:
             output = model(**inputs)
         except FloatingPointError as error:

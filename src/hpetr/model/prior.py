@@ -1,0 +1,135 @@
+"""What a backbone that knows poses says by itself: where people's middles and joints are.
+
+A network trained for poses as CenterNet's kind (Zhou et al. 2019, "Objects as Points") has a map of people's middles, the
+way from a middle to each joint, and a heatmap of each joint. `PosePrior` reads them off the backbone's finest map with
+one 1x1 convolution, so that a model starts from poses that are right and learns what is missing: who is one person,
+what is hidden, and the last pixels. The convolution is trained like any other; with a backbone that knows no poses, it
+starts from zeros and changes nothing until it has learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hpetr.model.config import HPetrConfig
+    from hpetr.model.encoder import Grid
+
+# The logit of a middle or a joint where nothing is known.
+FLOOR = math.log(0.01 / 0.99)
+# Snapping as MoveNet does it: the cell with the largest score / (distance + SOFTENING), in cells of the map, within
+# REACH cells; nothing below LEAST. On COCO train2017 pictures (long side 384) the poses of MoveNet's middles have AP
+# .185, snapped .300, with a reach of 5 cells .296; softenings of 1 to 4 and least scores up to .15 change .004.
+REACH, SOFTENING, LEAST = 7, 1.8, 0.05
+# A pose that repeats a likelier one loses up to so much of its logit, by a power of their OKS: neighbouring cells snap to
+# the same joints. The decoder learns the rest; from scratch that takes it long.
+REPETITION, REPETITION_POWER = 6.0, 4
+AREA_OF_EXTENT = 0.7  # area of a person as a share of its joints' extent, about COCO's
+# A token beside the best one of its 3x3 neighbours loses so many times what it is behind.
+PROMINENCE = 3.0
+
+
+def repeated(poses: Tensor, logits: Tensor, sigmas: Tensor) -> Tensor:
+    """How much each pose repeats a likelier one: the largest OKS with any of them, 0 to 1.
+
+    Args:
+        poses: (B, Q, K, 2) in units of one length. logits: (B, Q). sigmas: (K,).
+    Returns:
+        (B, Q); among equals the first is the likelier.
+    """
+    extent = poses.amax(-2) - poses.amin(-2)  # (B, Q, 2)
+    area = extent.prod(-1).clamp(min=1e-6) * AREA_OF_EXTENT
+    scale = 2 * (2 * sigmas) ** 2
+    similarity = 0.0
+    for k in range(len(sigmas)):  # one joint at a time: (B, Q, Q, K) numbers would take longer than all else here
+        difference = (poses[:, :, None, k] - poses[:, None, :, k]).square().sum(-1)  # (B, Q, Q)
+        similarity = similarity + (-difference / (area[:, None] * scale[k])).exp()
+    rank = torch.arange(poses.shape[1], device=poses.device)
+    likelier = (logits[:, None] > logits[:, :, None]) | (
+        (logits[:, None] == logits[:, :, None]) & (rank[None, :] < rank[:, None])
+    )
+    return (similarity / len(sigmas) * likelier).amax(-1)
+
+
+@dataclass
+class PriorMaps:
+    """The prior's maps, of twice the resolution of the finest tokens.
+
+    Attributes:
+        middles: (B, C, H, W) logits. steps: (B, 2 K, H, W) x, y from a cell's centre to each joint, in cells.
+        heat: (B, K, H, W) logits. offsets: (B, 2 K, H, W) x, y from a cell's centre to the joint in it, in cells.
+    """
+
+    middles: Tensor
+    steps: Tensor
+    heat: Tensor
+    offsets: Tensor
+
+    def of_tokens(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Class logits (B, S, C) and steps (B, S, 2 K), in cells of this map, of all tokens.
+
+        The levels after the finest say nothing. Of a token's four cells the best middle counts, and the steps' mean.
+        """
+        best = F.max_pool2d(self.middles, 2, ceil_mode=True)
+        best = best + PROMINENCE * (best - F.max_pool2d(best, 3, 1, 1))
+        steps = F.avg_pool2d(self.steps, 2, ceil_mode=True, count_include_pad=False)
+        rest = sum(height * width for height, width in shapes[1:])
+        logits, steps = (x.flatten(2).transpose(1, 2) for x in (best, steps))  # (B, H_0 * W_0, ...)
+        return F.pad(logits, (0, 0, 0, rest), value=FLOOR), F.pad(steps, (0, 0, 0, rest))
+
+    @torch.no_grad()
+    def snap(self, poses: Tensor, grid: Grid) -> Tensor:
+        """Poses (B, Q, K, 2), 1 = the unpadded picture, with every joint at its heatmap's best place near by."""
+        batch, queries, joints, _ = poses.shape
+        height, width = self.heat.shape[-2:]
+        size = grid.valid_ratios[:, :1] * torch.tensor([width, height], dtype=poses.dtype, device=poses.device)
+        places = (poses * size[:, None] - 0.5).transpose(1, 2)  # (B, K, Q, 2) in cells, 0 = the first one's centre
+        reach = torch.arange(-REACH, REACH + 1, device=poses.device)
+        # (B, K, Q, reach): columns and rows around every joint
+        columns, rows = (
+            (places[..., axis : axis + 1].round().long() + reach).clamp(0, side - 1)
+            for axis, side in ((0, width), (1, height))
+        )
+        dx, dy = columns - places[..., :1], rows - places[..., 1:]
+        distance = (dx.square()[..., None, :] + dy.square()[..., :, None]).sqrt().flatten(-2)  # (B, K, Q, n)
+        cells = (rows[..., :, None] * width + columns[..., None, :]).flatten(-2)
+        score = self.heat.float().sigmoid().flatten(2)  # (B, K, H * W)
+        near = score.gather(2, cells.flatten(2)).view_as(distance)
+        best = (near / (distance + SOFTENING)).argmax(-1, keepdim=True)  # (B, K, Q, 1)
+        cell = cells.gather(-1, best)[..., 0]  # (B, K, Q)
+        offsets = self.offsets.to(poses.dtype).view(batch, joints, 2, -1)
+        offset = offsets.gather(3, cell[:, :, None].expand(-1, -1, 2, -1)).transpose(2, 3)  # (B, K, Q, 2)
+        column, row = cell % width, torch.div(cell, width, rounding_mode="floor")
+        found = (torch.stack([column, row], -1) + 0.5 + offset).transpose(1, 2) / size[:, None]  # (B, Q, K, 2)
+        seen = score.gather(2, cell).transpose(1, 2)[..., None] > LEAST
+        return torch.where(seen, found.to(poses.dtype), poses)
+
+
+class PosePrior(nn.Module):
+    """A 1x1 convolution from the backbone's finest map, of half the finest tokens' stride, to `PriorMaps`."""
+
+    def __init__(self, config: HPetrConfig, channels: int):
+        super().__init__()
+        joints = config.num_keypoints
+        self.sizes = [len(config.id2label or {}), 2 * joints, joints, 2 * joints]
+        self.projection = nn.Conv2d(channels, sum(self.sizes), 1)
+
+    def initial_bias(self) -> Tensor:
+        """Nothing seen, and no step."""
+        classes, _, joints, _ = self.sizes
+        bias = torch.zeros(sum(self.sizes))
+        bias[:classes] = FLOOR
+        heat = classes + 2 * joints
+        bias[heat : heat + joints] = FLOOR
+        return bias
+
+    def forward(self, x: Tensor) -> PriorMaps:
+        """Map (B, channels, H, W) to its maps."""
+        return PriorMaps(*self.projection(x).split(self.sizes, 1))
