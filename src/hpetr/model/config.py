@@ -26,10 +26,7 @@ SWIN_L: dict[str, Any] = {
     "drop_path_rate": 0.5,
     "out_features": ["stage2", "stage3", "stage4"],
 }
-EFFICIENTNET_LITE0: dict[str, Any] = {
-    "model_type": "efficientnet_lite",
-    "out_features": ["stage3", "stage5", "stage7"],
-}
+MOVENET: dict[str, Any] = {"model_type": "movenet", "out_features": ["heads4", "heads8", "stage5", "top"]}
 # One-to-many queries and wider FFNs are what the hybrid models add; their dropout is 0.
 HYBRID: dict[str, Any] = {
     "num_one_to_many_queries": 900,
@@ -53,20 +50,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "joint_decoder_layers": 3,
     },
     "h-petr-nano": {
-        "backbone_config": EFFICIENTNET_LITE0,
+        "backbone_config": MOVENET,
         "num_frozen_stages": 0,
+        "pose_prior": True,
+        "neck_norm": "token",
+        "queries": "proposals",
+        "steps": "size",
         "d_model": 128,
         "num_feature_levels": 3,
-        "encoder_layers": 3,
+        "encoder_layers": 1,
         "encoder_ffn_dim": 512,
         "decoder_ffn_dim": 512,
         "joint_decoder_ffn_dim": 512,
         "keypoint_head_dim": 256,
         "num_queries": 100,
-        "num_one_to_many_queries": 300,
+        "num_one_to_many_queries": 0,
+        "one_to_many_k": 4,
         "num_poses": 50,
         "dropout": 0.0,
         "deformable_dropout": 0.0,
+        "class_target": "oks",
+        "oks_loss": "linear",
+        "loss_oks": 6.0,
+        "loss_joint_oks": 10.0,
+        "loss_heatmap": 1.0,
     },
 }
 
@@ -146,8 +153,8 @@ class HPetrConfig(PreTrainedConfig):
         d_model, num_heads, num_feature_levels: width, attention heads, feature levels (one more than the backbone
             gives adds a strided level).
         num_points: points per head and level of plain deformable attention.
-        pose_prior: the backbone's first feature map, of half the next one's stride, goes to a `PosePrior` and not to the
-            neck: proposals start from what it says, and the pose decoder's poses from its heatmaps; needs steps =
+        pose_prior: the backbone's first feature map, of half the next one's stride, goes to a `PosePrior` and not to
+            the neck: proposals start from what it says, and the pose decoder's poses from its heatmaps; needs steps =
             "size" and queries = "proposals". The heatmap loss is then that of its heatmaps.
         neck_norm: "group" as published, over whole maps; "token", a LayerNorm of each cell: what a map says of one cell
             then depends neither on the others nor on the padding.
@@ -155,9 +162,9 @@ class HPetrConfig(PreTrainedConfig):
         queries: "learned" as published, one content and position a rank; "proposals": the content comes from the
             token that proposed the pose, the position, in every layer, from the pose itself, and class logits are
             changes of the proposal's.
-        steps: in what the heads count. "logit" as published, of a share of the picture; "size": proposals in cells,
-            the pose decoder in tenths of half the pose's extent, the joint decoder in quarters of the finest level's cells. A person of the
-            same pixels then takes the same steps wherever it stands and however large the picture is.
+        steps: in what the heads count. "logit" as published, of a share of the picture; "size": proposals in cells, the
+            pose decoder in tenths of half the pose's extent, the joint decoder in quarters of the finest level's cells.
+            A person of the same pixels then takes the same steps wherever it stands and however large the picture is.
         num_queries: one-to-one queries. num_one_to_many_queries: extra queries of hybrid matching, training only.
         one_to_many_k: how often each ground truth is repeated for them.
         proposal_k: how often each ground truth is matched to proposals.
@@ -169,8 +176,8 @@ class HPetrConfig(PreTrainedConfig):
             loss_heatmap = 0 the model has no heatmap branch.
         class_target: of the pose decoder's matched queries. "one" as published; "oks", the OKS of their poses: a score
             then says how good a pose is.
-        oks_loss: "log" as published, -log OKS; "linear", 1 - OKS: people that nobody sees, whose -log OKS has by far the
-            largest gradient, then do not outweigh those whose joints are nearly right.
+        oks_loss: "log" as published, -log OKS; "linear", 1 - OKS: people that nobody sees, whose -log OKS has by far
+            the largest gradient, then do not outweigh those whose joints are nearly right.
     """
 
     model_type = "hpetr"

@@ -17,8 +17,8 @@ from hpetr.model.encoder import Grid, sine_encoding
 from hpetr.model.host import to_device
 from hpetr.model.prior import FLOOR, REPETITION, REPETITION_POWER, repeated
 
-# Steps of the pose decoder count in so many half extents of the pose, those of the joint decoder in so many cells. Adam
-# changes a fresh head's weights by the learning rate whatever the gradient: in larger units that shakes poses by pixels.
+# Steps of the pose decoder count in so many half extents of the pose, those of the joint decoder in so many cells.
+# Adam changes a fresh head's weights by the learning rate whatever the gradient: larger units shake poses by pixels.
 EXTENT_SHARE, CELL_SHARE = 0.1, 0.25
 # Tokens nearer to the picture's border propose nothing: 1% as published, and a little, so that a centre at exactly 1%
 # (on 50 or 150 cells) is outside however a runtime rounds its quotient.
@@ -55,7 +55,7 @@ def outside_autocast(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class KeypointHead(nn.Sequential):
-    """An MLP of `depth` hidden layers with ReLU and a linear layer, whose result is a step of coordinates or a logit."""
+    """An MLP of `depth` hidden layers with ReLU and a linear layer, whose result is a step or a logit."""
 
     def __init__(self, d_model: int, hidden: int, outputs: int, depth: int):
         layers: list[nn.Module] = []

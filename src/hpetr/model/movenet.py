@@ -227,7 +227,6 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             wanted = [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(wanted, strides, strict=True)]
         return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
 
-
     @staticmethod
     @torch.no_grad()
     def fill_prior(prior: PosePrior, joints: Mapping[int, int]) -> None:

@@ -1,10 +1,10 @@
 """What a backbone that knows poses says by itself: where people's middles and joints are.
 
-A network trained for poses as CenterNet's kind (Zhou et al. 2019, "Objects as Points") has a map of people's middles, the
-way from a middle to each joint, and a heatmap of each joint. `PosePrior` reads them off the backbone's finest map with
-one 1x1 convolution, so that a model starts from poses that are right and learns what is missing: who is one person,
-what is hidden, and the last pixels. The convolution is trained like any other; with a backbone that knows no poses, it
-starts from zeros and changes nothing until it has learned.
+A pose network of CenterNet's kind (Zhou et al. 2019, "Objects as Points") has a map of people's middles, the way from a
+middle to each joint, and a heatmap of each joint. `PosePrior` reads them off the backbone's finest map with one 1x1
+convolution, so that a model starts from poses that are right and learns what is missing: who is one person, what is
+hidden, and the last pixels. The convolution is trained like any other; with a backbone that knows no poses, it starts
+from zeros and changes nothing until it has learned.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FLOOR = math.log(0.01 / 0.99)
 # REACH cells; nothing below LEAST. On COCO train2017 pictures (long side 384) the poses of MoveNet's middles have AP
 # .185, snapped .300, with a reach of 5 cells .296; softenings of 1 to 4 and least scores up to .15 change .004.
 REACH, SOFTENING, LEAST = 7, 1.8, 0.05
-# A pose that repeats a likelier one loses up to so much of its logit, by a power of their OKS: neighbouring cells snap to
-# the same joints. The decoder learns the rest; from scratch that takes it long.
+# A pose that repeats a likelier one loses up to so much of its logit, by a power of their OKS: neighbouring cells snap
+# to the same joints. Without it the AP of the untrained model on 90 development pictures is .261, with it .306.
 REPETITION, REPETITION_POWER = 6.0, 4
 AREA_OF_EXTENT = 0.7  # area of a person as a share of its joints' extent, about COCO's
 # A token beside the best one of its 3x3 neighbours loses so many times what it is behind.
@@ -87,7 +87,7 @@ class PriorMaps:
     @torch.no_grad()
     def snap(self, poses: Tensor, grid: Grid) -> Tensor:
         """Poses (B, Q, K, 2), 1 = the unpadded picture, with every joint at its heatmap's best place near by."""
-        batch, queries, joints, _ = poses.shape
+        batch, _, joints, _ = poses.shape
         height, width = self.heat.shape[-2:]
         size = grid.valid_ratios[:, :1] * torch.tensor([width, height], dtype=poses.dtype, device=poses.device)
         places = (poses * size[:, None] - 0.5).transpose(1, 2)  # (B, K, Q, 2) in cells, 0 = the first one's centre
