@@ -102,6 +102,7 @@ def proposals(cells: tuple[int, int], head: torch.nn.Module, features: Tensor) -
         unit=grid.cells_of_tokens(),
         head=head,
         first_steps=None,
+        first_logits=torch.zeros(1, cells[0] * cells[1], 1),
     )
     pose = found.keypoints_at(torch.tensor([[0]]), torch.tensor([[2 * cells[1] + 3]]))[0, 0]
     return pose * torch.tensor([cells[1] * 8, cells[0] * 8])

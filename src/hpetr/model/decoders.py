@@ -104,8 +104,8 @@ class Proposals:
 
     def keypoints_at(self, image: Tensor, token: Tensor) -> Tensor:
         """Keypoints (..., K, 2) of tokens of images, indices (...,) that broadcast."""
-        every = (self.features, self.centres, self.unit, self.first_steps)
-        return self._poses(*(None if x is None else x[image, token] for x in every))
+        unit, first_steps = (None if x is None else x[image, token] for x in (self.unit, self.first_steps))
+        return self._poses(self.features[image, token], self.centres[image, token], unit, first_steps)
 
     @torch.no_grad()
     def predictions(self) -> Predictions:

@@ -47,7 +47,7 @@ def repeated(poses: Tensor, logits: Tensor, sigmas: Tensor) -> Tensor:
     extent = poses.amax(-2) - poses.amin(-2)  # (B, Q, 2)
     area = extent.prod(-1).clamp(min=1e-6) * AREA_OF_EXTENT
     scale = 2 * (2 * sigmas) ** 2
-    similarity = 0.0
+    similarity = poses.new_zeros(())
     for k in range(len(sigmas)):  # one joint at a time: (B, Q, Q, K) numbers would take longer than all else here
         difference = (poses[:, :, None, k] - poses[:, None, :, k]).square().sum(-1)  # (B, Q, Q)
         similarity = similarity + (-difference / (area[:, None] * scale[k])).exp()

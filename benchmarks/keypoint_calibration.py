@@ -1,0 +1,107 @@
+"""How far the scores of single joints can be believed: a reliability plot and the expected calibration error.
+
+    hpetr eval CHECKPOINT annotations.json --output eval.json
+    python benchmarks/keypoint_calibration.py eval.json annotations.json [--figure docs/figures/keypoint-calibration.svg]
+
+Poses are matched to people as COCO does: best score first, each to the free person of the highest OKS, at least one
+half. A joint of a matched pose is right where its own keypoint similarity is at least one half. Joints without label
+count as wrong: in COCO nobody could see them. Of each tenth of scores: the mean score, and the share that is right. The
+error is the mean distance of the two, weighted by joints (Guo et al. 2017, arXiv 1706.04599).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from hpetr.data.dataset import open_dataset
+
+BINS = 10
+
+
+def similarity(pose: np.ndarray, person: dict, sigmas: np.ndarray) -> np.ndarray:
+    """(K,) similarity of each joint of a pose (K, 3) to a person's, whether it is labelled or not."""
+    truth = np.array(person["keypoints"], dtype=float).reshape(-1, 3)
+    squared = ((pose[:, :2] - truth[:, :2]) ** 2).sum(1)
+    return np.exp(-squared / (2 * person["area"] * (2 * sigmas) ** 2))
+
+
+def judged_joints(
+    poses: list[dict], people: list[dict], sigmas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all joints of matched poses (m, K): their scores, whether they are right, and whether they are labelled."""
+    free = defaultdict(list)
+    for person in people:
+        if person["num_keypoints"] and not person.get("iscrowd"):
+            free[person["image_id"]].append(person)
+    scores, right, labelled = [], [], []
+    for pose in sorted(poses, key=lambda pose: -pose["score"]):
+        joints = np.array(pose["keypoints"], dtype=float).reshape(-1, 3)
+        candidates = []
+        for person in free[pose["image_id"]]:
+            visible = np.array(person["keypoints"]).reshape(-1, 3)[:, 2] > 0
+            near = similarity(joints, person, sigmas)
+            candidates.append((near[visible].mean(), near, visible, person))
+        if not candidates:
+            continue
+        oks, near, visible, person = max(candidates, key=lambda candidate: candidate[0])
+        if oks >= 0.5:
+            free[pose["image_id"]].remove(person)
+            scores.append(joints[:, 2])
+            right.append((near >= 0.5) & visible)
+            labelled.append(visible)
+    return np.array(scores), np.array(right), np.array(labelled)
+
+
+def calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, list[tuple[float, float, int]]]:
+    """Expected calibration error, and mean score, share of right ones and number of each bin that has any."""
+    place = np.minimum((scores * BINS).astype(int), BINS - 1)
+    rows = [
+        (float(scores[inside].mean()), float(right[inside].mean()), int(inside.sum()))
+        for inside in (place == i for i in range(BINS))
+        if inside.any()
+    ]
+    return sum(abs(score - share) * n for score, share, n in rows) / len(scores), rows
+
+
+def draw(rows: list[tuple[float, float, int]], error: float, path: Path) -> None:
+    matplotlib.rcParams.update({"svg.hashsalt": "hpetr", "svg.fonttype": "none"})
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="score of a joint", ylabel="share of joints that are right", aspect="equal")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    mean, share, count = zip(*rows, strict=True)
+    axes.plot(mean, share, marker="o", color="#1f6feb")
+    for x, y, n in rows:
+        axes.annotate(f"{n:,}", (x, y), textcoords="offset points", xytext=(6, -10), fontsize=7, color="0.35")
+    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{sum(count):,} joints, expected calibration error {error:.3f}")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("poses", type=Path, help="what `hpetr eval --output` wrote")
+    parser.add_argument("annotations", type=Path, help="the same data")
+    parser.add_argument("--figure", type=Path, help="SVG to write")
+    args = parser.parse_args()
+    poses = json.loads(args.poses.read_text(encoding="utf-8"))
+    people = json.loads(args.annotations.read_text(encoding="utf-8"))["annotations"]
+    scores, right, labelled = judged_joints(poses, people, np.array(open_dataset(args.annotations).skeleton.sigmas))
+    error, rows = calibration(scores.ravel(), right.ravel())
+    print(f"{len(scores)} poses matched to people, {scores.size:,} joints, {labelled.mean():.0%} of them labelled")
+    print(f"{'mean score':>12}{'right':>8}{'joints':>9}")
+    for score, share, count in rows:
+        print(f"{score:>12.3f}{share:>8.3f}{count:>9,}")
+    print(f"expected calibration error: {error:.3f}; of labelled joints alone: ", end="")
+    print(f"{calibration(scores[labelled], right[labelled])[0]:.3f}")
+    if args.figure is not None:
+        draw(rows, error, args.figure)
+
+
+if __name__ == "__main__":
+    main()

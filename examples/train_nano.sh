@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The training of the bundled h-petr-nano: MoveNet's network stays as it is, the transformer learns on top of it.
+#   bash examples/train_nano.sh DATA [OUTPUT]
+# DATA has the folders coco/train (COCO keypoint JSON and pictures) and people (further labelled photographs), each with
+# an annotations.json. About 45 minutes on two CPU cores.
+set -euo pipefail
+data=${1:?folder of the data}
+output=${2:-runs/nano}
+coco="{annotations: $data/coco/train/annotations.json, images: $data/coco/train/images"
+people="{annotations: $data/people/annotations.json, images: $data/people, only_with_people: true}"
+
+hpetr train recipes/h-petr-nano.yaml "output=$output/poses" train.epochs=0.78 "data.train=[$coco, repeat: 40}, $people]"
+hpetr train recipes/h-petr-nano-scores.yaml "output=$output/scores" "model.weights=$output/poses" \
+    "data.train=[$coco, repeat: 5, unlabelled: absent}]"
+hpetr convert "$output/scores" --half --output "$output/h-petr-nano"
