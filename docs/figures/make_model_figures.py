@@ -83,7 +83,7 @@ def trace(predictor: PosePredictor, path: Path) -> Trace:
         hook.remove()
 
     proposals, predictions, _ = kept[model.pose_decoder][1]
-    (_, grid, before), refined = kept[model.joint_decoder]
+    (_, grid, before), (refined, _) = kept[model.joint_decoder]
     attentions = [(layer.attention, kept[layer.attention][0]) for layer in model.pose_decoder.layers]
     shares = grid.valid_ratios[0]  # (L, 2) of each padded map that is picture
     size = torch.tensor([picture.shape[1], picture.shape[0]], device=shares.device)

@@ -1,7 +1,7 @@
 """How far the scores of single joints can be believed: a reliability plot and the expected calibration error.
 
     hpetr eval CHECKPOINT annotations.json --output eval.json
-    python benchmarks/keypoint_calibration.py eval.json annotations.json [--figure docs/figures/keypoint-calibration.svg]
+    python benchmarks/quality/keypoint_calibration.py eval.json annotations.json [--figure calibration.svg]
 
 Poses are matched to people as COCO does: best score first, each to the free person of the highest OKS, at least one
 half. A joint of a matched pose is right where its own keypoint similarity is at least one half. Joints without label
