@@ -2,8 +2,8 @@
 
     python benchmarks/nano_latency.py [--picture examples/000000000785.jpg] [--threads 2] [--repeats 30]
 
-Decoding, resize to a long side of 384, network, post-processing: the library's own path, float32, batch 1. Weights do
-not change the time: random ones are taken. The backbone is timed alone in the same run, for scale.
+Decoding, resize, network, post-processing: the library's own path with the bundled checkpoint, float32, batch 1. The
+backbone is timed alone in the same run, for scale.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 import cv2
 import torch
 
-from hpetr import HPetrConfig, HPetrForPoseEstimation
+from hpetr.checkpoint import load_checkpoint
 from hpetr.data.images import load_image
 from hpetr.predict import predict_batch
-from hpetr.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,9 +43,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    processor = load_recipe(ROOT / "recipes" / "h-petr-nano.yaml").processor.build()
-    processor.size = {"shortest_edge": 384, "longest_edge": 384}
-    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano")).eval()
+    model, processor = load_checkpoint(None, "cpu")
     picture = cv2.resize(load_image(args.picture), (640, 480))
     encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
     batch = processor(picture)

@@ -7,19 +7,25 @@ Poses are matched to people as COCO does: best score first, each to the free per
 half. A joint of a matched pose is right where its own keypoint similarity is at least one half. Joints without label
 count as wrong: in COCO nobody could see them. Of each tenth of scores: the mean score, and the share that is right. The
 error is the mean distance of the two, weighted by joints (Guo et al. 2017, arXiv 1706.04599).
+
+With `--calibrate CHECKPOINT --output FOLDER` two numbers are fitted to these joints, a factor on the scores' logits and
+a shift (Platt 1999), and a copy of the checkpoint is written whose last layer has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+from hpetr.checkpoint import load_checkpoint, save_checkpoint
 from hpetr.data.dataset import open_dataset
 
 BINS = 10
@@ -70,6 +76,29 @@ def calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, list[tupl
     return sum(abs(score - share) * n for score, share, n in rows) / len(scores), rows
 
 
+def fit(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Factor and shift of the scores' logits that make the judged joints likeliest; Newton's method."""
+    scores = scores.clip(1e-6, 1 - 1e-6)
+    inputs = np.stack([np.log(scores / (1 - scores)), np.ones_like(scores)], 1)  # (n, 2)
+    values = np.array([1.0, 0.0])
+    for _ in range(30):
+        probability = 1 / (1 + np.exp(-inputs @ values))
+        curvature = inputs.T @ (inputs * (probability * (1 - probability))[:, None])
+        values += np.linalg.solve(curvature, inputs.T @ (right - probability))
+    return float(values[0]), float(values[1])
+
+
+def write_calibrated(checkpoint: Path, factor: float, shift: float, output: Path) -> None:
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    if model.joint_decoder.score_head is None:
+        sys.exit(f"error: {checkpoint} has no scores of single joints")
+    last = model.joint_decoder.score_head[-1]
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        last.bias.mul_(factor).add_(shift)
+    save_checkpoint(model, processor, output)
+
+
 def draw(rows: list[tuple[float, float, int]], error: float, path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "hpetr", "svg.fonttype": "none"})
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
@@ -88,7 +117,11 @@ def main() -> None:
     parser.add_argument("poses", type=Path, help="what `hpetr eval --output` wrote")
     parser.add_argument("annotations", type=Path, help="the same data")
     parser.add_argument("--figure", type=Path, help="SVG to write")
+    parser.add_argument("--calibrate", type=Path, help="checkpoint that gave the poses")
+    parser.add_argument("--output", type=Path, help="where its calibrated copy goes")
     args = parser.parse_args()
+    if (args.calibrate is None) != (args.output is None):
+        parser.error("expected --calibrate and --output together")
     poses = json.loads(args.poses.read_text(encoding="utf-8"))
     people = json.loads(args.annotations.read_text(encoding="utf-8"))["annotations"]
     scores, right, labelled = judged_joints(poses, people, np.array(open_dataset(args.annotations).skeleton.sigmas))
@@ -101,6 +134,10 @@ def main() -> None:
     print(f"{calibration(scores[labelled], right[labelled])[0]:.3f}")
     if args.figure is not None:
         draw(rows, error, args.figure)
+    if args.calibrate is not None:
+        factor, shift = fit(scores.ravel(), right.ravel())
+        write_calibrated(args.calibrate, factor, shift, args.output)
+        print(f"{args.output}: logits times {factor:.3f} plus {shift:.3f}")
 
 
 if __name__ == "__main__":
