@@ -7,6 +7,7 @@ import torch
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
 from hpetr.checkpoint import save_checkpoint
+from training_runs import PUBLISHED_DESIGN
 
 # With pytest-xdist every process would otherwise take all cores.
 torch.set_num_threads(1)
@@ -16,7 +17,9 @@ torch.set_num_threads(1)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a small model with random weights, which reports 10 poses in every picture."""
     torch.manual_seed(0)
-    config = HPetrConfig.preset("h-petr-nano", encoder_layers=1, decoder_layers=1, num_queries=20, num_poses=10)
+    design = {**PUBLISHED_DESIGN, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 20, "num_poses": 10}
+    backbone = {"model_type": "efficientnet_lite", "out_features": ["stage3", "stage5", "stage7"]}
+    config = HPetrConfig.preset("h-petr-nano", backbone_config=backbone, **design)
     processor = HPetrImageProcessor(size={"shortest_edge": 128, "longest_edge": 192}, threshold=0.0)
     folder = tmp_path_factory.mktemp("checkpoint") / "random-nano"
     save_checkpoint(HPetrForPoseEstimation(config), processor, folder)

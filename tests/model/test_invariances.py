@@ -13,11 +13,14 @@ PADDED = (128, 128)
 
 
 def small_model(**overrides) -> HPetrForPoseEstimation:
+    """h-petr-nano, whose prior, heads and scores say something."""
     torch.manual_seed(0)
     config = HPetrConfig.preset("h-petr-nano", num_queries=30, num_one_to_many_queries=60, num_poses=10, **overrides)
     model = HPetrForPoseEstimation(config)
     for name, parameter in model.named_parameters():
-        if "keypoint_heads" in name or "joint_decoder.heads" in name or "sampling_offsets" in name:
+        if any(
+            part in name for part in ("_heads.", "joint_decoder.heads", "sampling_offsets", "prior.projection.weight")
+        ):
             torch.nn.init.normal_(parameter, std=0.05)  # the zeros of a fresh model would hide mistakes
     return model.eval()
 
@@ -194,6 +197,11 @@ def test_other_skeletons(joints: int) -> None:
     assert output.poses.shape == (3, 10, joints, 2)
     assert output.keypoints.shape == (3, 30, joints, 2)
     assert torch.isfinite(output.loss)
+
+
+def test_pixels_that_are_not_normalised() -> None:
+    with pytest.raises(InputError, match=r"pixel_values: torch.uint8, expected normalised floats"):
+        small_model()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_several_classes() -> None:

@@ -258,12 +258,16 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 (n, 4) xyxy, `areas` (n,) pixels^2, `class_labels` (n,), and optionally `ignore_boxes` (m, 4): regions
                 that are neither person nor background.
         Raises:
-            InputError: labels or mask do not have these shapes.
+            InputError: labels or mask do not have these shapes, or the pixels are no floats.
             FloatingPointError: a matching cost is not finite.
         """
         batch, _, height, width = pixel_values.shape
         if pixel_mask is not None and pixel_mask.shape != (batch, height, width):
             raise InputError(f"pixel_mask: shape {tuple(pixel_mask.shape)}, expected {(batch, height, width)}")
+        if not pixel_values.is_floating_point():
+            raise InputError(
+                f"pixel_values: {pixel_values.dtype}, expected normalised floats (PoseCollator.normalize makes them)"
+            )
         if labels is not None:
             check_labels(labels, batch, self.config.num_keypoints)
         memory, grid = self.encode(pixel_values, pixel_mask)
