@@ -18,6 +18,18 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
 
 
+def softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax over the last axis.
+
+    Written out for inference on the CPU where a row does not fill whole vectors: torch's takes 3.5 ms over 25,872 rows
+    of 12 numbers, a twenty-fifth of h-petr-nano's time, and this 0.5 ms; over rows of 16 torch's takes 0.3 ms.
+    """
+    if torch.is_grad_enabled() or logits.device.type != "cpu" or logits.shape[-1] % 16 == 0:
+        return logits.softmax(-1, dtype=dtype)
+    shares = (logits.to(dtype) - logits.amax(-1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(-1, keepdim=True))
+
+
 class DeformableAttention(nn.Module):
     """Plain deformable attention: every head samples P points a level around the query's reference point.
 
@@ -59,7 +71,7 @@ class DeformableAttention(nn.Module):
         shape = (batch, length, self.num_heads, self.num_levels, self.num_points)
         precise = references.dtype
         offsets = self.sampling_offsets(query).to(precise).view(*shape, 2)  # (B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=precise)  # (B, Q, M, L * P)
+        weights = softmax(self.attention_weights(query).view(*shape[:3], -1), precise)  # (B, Q, M, L * P)
         weights = weights.view(shape)
         locations = self.sampling_locations(offsets, references, spatial_shapes)
         return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
