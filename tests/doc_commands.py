@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from hpetr.cli import app
 from hpetr.recipe import load_recipe
+from hpetr.runtime.__main__ import main as run_exported
 
 ROOT = Path(__file__).parents[1]
 # What a reader brings. A command that names it, itself or by its recipe, must get as far as to ask for it.
@@ -128,6 +129,9 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         compile(words[1], "-c", "exec")
         return
     if words[0] == "-m":
+        if words[1] == "hpetr.runtime":
+            assert run_exported(words[2:]) == 0
+            return
         assert words[1] == "hpetr.cli"
         parse(words[2:])
         return

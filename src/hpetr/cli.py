@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from hpetr import __version__
 from hpetr.cli_benchmark import benchmark_command
 from hpetr.cli_data import data_app
+from hpetr.cli_export import export_command
 from hpetr.cli_output import BAD_INPUT, count, parse_size, print_table, progress
 from hpetr.cli_serve import serve_command
 from hpetr.errors import InputError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from hpetr.data.dataset import PoseDataset
     from hpetr.evaluate import EvalResult
     from hpetr.info import ModelInfo
-    from hpetr.predict import PosePredictor
+    from hpetr.predictor import Predictor
     from hpetr.zoo import ZooResult
 
 
@@ -79,6 +80,7 @@ BatchSize = Annotated[
 
 app.add_typer(data_app, name="data")
 app.command("benchmark")(benchmark_command)
+app.command("export")(export_command)
 app.command("serve")(serve_command)
 
 
@@ -102,11 +104,13 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Pictures, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL."
+            help="Pictures, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL. "
+            "An exported model (.onnx) among them is used."
         ),
     ],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder. Default: the model that comes with hpetr.")
+        str | None,
+        typer.Option(help="Checkpoint folder or exported model. Default: the model that comes with hpetr."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the drawings and the results.")] = Path("outputs"),
     threshold: Annotated[
@@ -146,6 +150,7 @@ def predict(
     from hpetr.picture_files import check_outputs, find_pictures
     from hpetr.video.naming import split_inputs
 
+    inputs, checkpoint = _split_off_model(inputs, checkpoint)
     videos, rest = split_inputs(inputs)
     pictures = find_pictures(rest) if rest else []
     if videos and pictures and json_file is not None:
@@ -162,10 +167,10 @@ def predict(
 
         check_video_outputs(videos, output, json_file, draw)
     from hpetr.inference import keep_freed_memory
-    from hpetr.predict import PosePredictor
+    from hpetr.predict import open_predictor
 
     keep_freed_memory()
-    predictor = PosePredictor(checkpoint, device, threshold, precision=precision, compiled=compiled)
+    predictor = open_predictor(checkpoint, device, threshold, precision=precision, compiled=compiled)
     if pictures:
         _predict_pictures(predictor, pictures, output, json_file, draw, batch_size, chosen)
     if videos:
@@ -176,8 +181,24 @@ def predict(
         predict_and_report(predictor, videos, output, json_file, options)
 
 
+def _split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str], str | None]:
+    """The pictures and videos among the inputs, and the model: the option's, or the exported one among the inputs."""
+    from hpetr.runtime import is_exported
+
+    models = [text for text in inputs if is_exported(text)]
+    if not models:
+        return inputs, checkpoint
+    if len(models) > 1 or checkpoint is not None:
+        named = [*([checkpoint] if checkpoint else []), *models]
+        raise InputError(f"predict: {len(named)} models ({', '.join(named)}), expected one")
+    rest = [text for text in inputs if text not in models]
+    if not rest:
+        raise InputError(f"{models[0]}: a model without pictures, expected them behind it")
+    return rest, models[0]
+
+
 def _predict_pictures(
-    predictor: PosePredictor,
+    predictor: Predictor,
     pictures: list[Path],
     output: Path,
     json_file: Path | None,

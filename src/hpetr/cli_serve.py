@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,8 @@ INSTALL = 'pip install "hpetr[serve]"'
 
 def serve_command(
     checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder. Default: the model that comes with hpetr.")
+        str | None,
+        typer.Option(help="Checkpoint folder or exported model. Default: the model that comes with hpetr."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -38,18 +40,21 @@ def serve_command(
         raise InputError(f"serve: the package {error.name} is missing, expected after {INSTALL}") from error
     from hpetr.checkpoint import BUNDLED, resolve_checkpoint
     from hpetr.hub import is_hub_place
-    from hpetr.predict import PosePredictor
+    from hpetr.predict import open_predictor
+    from hpetr.runtime import is_exported
     from hpetr.server.app import Service
     from hpetr.server.limits import Limits
     from hpetr.server.run import listen, serve
 
     limits = Limits(int(max_megabytes * 1e6), int(max_pixels), queue, timeout)
     name = checkpoint or BUNDLED
-    if not is_hub_place(name):
+    if is_exported(name):
+        name = Path(name).name
+    elif not is_hub_place(name):
         name = resolve_checkpoint(checkpoint).resolve().name
     # The port first: loading the model takes seconds.
     with listen(host, port) as listener:
-        service = Service(PosePredictor(checkpoint, device), name, limits, batch_size)
+        service = Service(open_predictor(checkpoint, device), name, limits, batch_size)
         bound = listener.getsockname()[1]
 
         def ready() -> None:

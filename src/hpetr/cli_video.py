@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Task
     from rich.text import Text
 
-    from hpetr.predict import PosePredictor
+    from hpetr.predictor import Predictor
 
 INTERRUPTED = 130
 # Of a path only the end stands before the bar, so that all of it fits into 80 columns.
@@ -21,7 +21,7 @@ NAME_LENGTH = 24
 
 
 def predict_and_report(
-    predictor: PosePredictor, videos: list[str], output: Path, results: Path | None, options: VideoOptions
+    predictor: Predictor, videos: list[str], output: Path, results: Path | None, options: VideoOptions
 ) -> None:
     """Predict videos with a bar, say what became of each, and end with code 130 after Ctrl-C or SIGTERM."""
     with _VideoBar() as bar:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hpetr.data.images import load_image
 from hpetr.errors import InputError
-from hpetr.predict import PosePredictor
+from hpetr.predictor import Predictor
 from hpetr.results import PoseResult, check_writable, write_bytes
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -89,7 +89,7 @@ class PredictionRun:
 
 
 def predict_files(
-    predictor: PosePredictor,
+    predictor: Predictor,
     pictures: Sequence[Path],
     output: Path,
     results: Path | None = None,
@@ -105,7 +105,7 @@ def predict_files(
         output: folder for the drawings, named by `output_names`, and the results, named by `hpetr.formats.FORMATS`.
         results: another place for the results in `coco`.
         draw: write drawings.
-        batch_size: see `PosePredictor`.
+        batch_size: see `Predictor`.
         progress: called with the number of pictures after each batch.
         formats: of the results, see `hpetr.formats`.
 
@@ -138,7 +138,7 @@ def predict_files(
 
 
 def _predict_readable(
-    predictor: PosePredictor, paths: Sequence[Path], batch_size: int, run: PredictionRun
+    predictor: Predictor, paths: Sequence[Path], batch_size: int, run: PredictionRun
 ) -> Iterator[tuple[Path, np.ndarray, PoseResult]]:
     readable, loaded = [], []
     for path in paths:

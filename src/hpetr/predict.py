@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,11 +14,14 @@ from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
 from hpetr.inference import set_up_inference
 from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.pixels import keep_ratio_size
+from hpetr.predictor import Predictor, check_threshold
 from hpetr.results import PoseResult
+from hpetr.runtime import ExportedPredictor, is_exported
 from hpetr.skeleton import Skeleton
 
 
-class PosePredictor:
+class PosePredictor(Predictor):
     """A model that takes pictures and gives poses.
 
     Args:
@@ -49,60 +49,73 @@ class PosePredictor:
         precision: str = "float32",
         compiled: bool = False,
     ) -> None:
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise InputError(f"threshold is {threshold}, expected a number in 0..1")
+        check_threshold(threshold)
         model, self.processor = load_checkpoint(checkpoint, device)
         self.model = set_up_inference(model, precision, compiled=compiled)
-        self.threshold = threshold
+        self.threshold = self.processor.threshold if threshold is None else threshold
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """Names, edges, flip pairs and sigmas of the keypoints."""
+        return Skeleton.from_dict(self.model.config.skeleton)
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, by label."""
         return [name for _, name in sorted((self.model.config.id2label or {}).items())]
 
-    @overload
-    def __call__(self, images: ImageSource, batch_size: int | None = None) -> PoseResult: ...
-    @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...], batch_size: int | None = None) -> list[PoseResult]: ...
-    def __call__(
-        self, images: ImageSource | list[Any] | tuple[Any, ...], batch_size: int | None = None
-    ) -> PoseResult | list[PoseResult]:
-        """Estimate poses.
-
-        Args:
-            images: a path, PIL image, encoded bytes or RGB array (H, W, 3) uint8; or a list of them, or an array
-                (B, H, W, 3).
-            batch_size: pictures that go through the network together; None takes 8 on a GPU and 1 on the CPU, where
-                the padding of a batch costs more than it gains.
-
-        Returns:
-            One `PoseResult`, or for a list (also an empty one) a list of them in its order.
-
-        Raises:
-            InputError: a picture cannot be read.
-        """
-        if isinstance(images, np.ndarray) and images.ndim == 4:
-            images = list(images)
-        if not isinstance(images, list | tuple):
-            return self._predict([images])[0]
-        size = self.default_batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise InputError(f"batch_size is {size}, expected at least 1")
-        return [
-            result for start in range(0, len(images), size) for result in self._predict(images[start : start + size])
-        ]
-
     @property
     def default_batch_size(self) -> int:
         """Pictures in a batch when a call does not say."""
         return default_batch_size(self.model)
 
-    def _predict(self, images: Sequence[ImageSource]) -> list[PoseResult]:
-        results = predict_batch(self.model, self.processor, [load_image(image) for image in images], self.threshold)
-        return [
-            replace(result, path=Path(image)) if isinstance(image, str | os.PathLike) else result
-            for image, result in zip(images, results, strict=True)
-        ]
+    @property
+    def num_poses(self) -> int:
+        """Poses a picture, most."""
+        return self.model.config.num_poses
+
+    @property
+    def device_name(self) -> str:
+        """What the network runs on: cpu, cuda:0, ..."""
+        return str(self.model.device)
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that a picture has in the network, before padding."""
+        limits = self.processor.size
+        return keep_ratio_size(height, width, limits["shortest_edge"], limits["longest_edge"])
+
+    def read(self, image: ImageSource) -> np.ndarray:
+        """A picture as (H, W, 3) uint8 RGB, see `load_image`."""
+        return load_image(image)
+
+    def predict(self, pictures: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
+        """Poses of one batch of pictures, each (H, W, 3) uint8 RGB."""
+        return predict_batch(self.model, self.processor, pictures, self.threshold if threshold is None else threshold)
+
+
+def open_predictor(
+    model: str | os.PathLike[str] | None,
+    device: str | torch.device = "auto",
+    threshold: float | None = None,
+    *,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Predictor:
+    """A predictor of a checkpoint, or of the exported model where `model` is a `.onnx` file.
+
+    Args:
+        model, device, threshold, precision, compiled: see `PosePredictor`; an exported model has the precision that it
+            was exported with.
+
+    Raises:
+        InputError: see `PosePredictor` and `hpetr.runtime.ExportedPredictor`, or a precision is asked of an exported
+            model.
+    """
+    if model is None or not is_exported(model):
+        return PosePredictor(model, device, threshold, precision=precision, compiled=compiled)
+    if precision != "float32" or compiled:
+        raise InputError(f"{model}: is an exported model, --precision and --compile are for checkpoints")
+    return ExportedPredictor(model, threshold, device=str(device))
 
 
 def default_batch_size(model: HPetrForPoseEstimation) -> int:

@@ -245,9 +245,12 @@ class HPetrConfig(PreTrainedConfig):
                 f"config: pose_prior with steps = {self.steps!r} and queries = {self.queries!r}, expected 'size' and "
                 "'proposals'"
             )
-        if self.id2label is None and kwargs.get("num_labels") is None:
-            self.id2label, self.label2id = {0: "person"}, {"person": 0}
-        _check_whole("num_labels", kwargs.get("num_labels") or 1, 1, MOST)
+        labels_wanted = kwargs.get("num_labels") or 1
+        _check_whole("num_labels", labels_wanted, 1, MOST)
+        if self.id2label is None:
+            # Names of our own: transformers does not save its default ones of two labels.
+            names = ["person"] if labels_wanted == 1 else [f"class {i}" for i in range(labels_wanted)]
+            self.id2label, self.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         try:
             super().__post_init__(**kwargs)
             labels = sorted(self.id2label or {})

@@ -5,6 +5,7 @@ Coordinates are x, y with 1 = the unpadded picture's width and height; a "logit"
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -249,10 +250,16 @@ class PoseDecoder(nn.Module):
         more = self.num_one_to_many if one_to_many else 0
         groups = [one_to_one, torch.sym_min(more, tokens - one_to_one if learned else tokens)]
         count = sum(groups) if learned else torch.sym_max(*groups)
-        best = proposals.logits[..., 0].topk(count, dim=1).indices  # (B, Q)
+        ranking = proposals.logits[..., 0]
+        if learned or torch.compiler.is_exporting():
+            best = ranking.topk(count, dim=1).indices  # (B, Q)
+        else:
+            # Of equal tokens, as all at the border are, the first: topk takes any, but in ONNX the first.
+            best = ranking.sort(dim=1, descending=True, stable=True).indices[:, :count]
         if not learned and groups[1]:
             best = torch.cat([best[:, :size] for size in groups], 1)
-        with torch.no_grad():
+        # torch.export stumbles over a change of the gradient mode; its parameters have no gradients anyway.
+        with nullcontext() if torch.compiler.is_exporting() else torch.no_grad():
             # best.shape[0], not len(best): an export would fix the batch.
             image = torch.arange(best.shape[0], device=best.device)[:, None]
             references = proposals.keypoints_at(image, best)

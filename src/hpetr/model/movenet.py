@@ -224,7 +224,9 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
         wanted = [maps[name] for name in self.out_features]
         if not whole:
             strides = [MAPS[name][0] for name in self.out_features]
-            wanted = [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(wanted, strides, strict=True)]
+            # Not -(-height // s): an export's quotients of negative numbers are rounded to zero.
+            ends = [((height + s - 1) // s, (width + s - 1) // s) for s in strides]
+            wanted = [x[..., :h, :w] for x, (h, w) in zip(wanted, ends, strict=True)]
         return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
 
     @staticmethod

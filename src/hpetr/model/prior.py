@@ -84,9 +84,11 @@ class PriorMaps:
         logits, steps = (x.flatten(2).transpose(1, 2) for x in (best, steps))  # (B, H_0 * W_0, ...)
         return F.pad(logits, (0, 0, 0, rest), value=FLOOR), F.pad(steps, (0, 0, 0, rest))
 
-    @torch.no_grad()
     def snap(self, poses: Tensor, grid: Grid) -> Tensor:
-        """Poses (B, Q, K, 2), 1 = the unpadded picture, with every joint at its heatmap's best place near by."""
+        """Poses (B, Q, K, 2), 1 = the unpadded picture, with every joint at its heatmap's best place near by.
+
+        For use without gradient: a place is chosen, not weighed.
+        """
         batch, _, joints, _ = poses.shape
         height, width = self.heat.shape[-2:]
         size = grid.valid_ratios[:, :1] * torch.tensor([width, height], dtype=poses.dtype, device=poses.device)
@@ -106,7 +108,8 @@ class PriorMaps:
         cell = cells.gather(-1, best)[..., 0]  # (B, K, Q)
         offsets = self.offsets.to(poses.dtype).view(batch, joints, 2, -1)
         offset = offsets.gather(3, cell[:, :, None].expand(-1, -1, 2, -1)).transpose(2, 3)  # (B, K, Q, 2)
-        column, row = cell % width, torch.div(cell, width, rounding_mode="floor")
+        row = torch.div(cell, width, rounding_mode="floor")
+        column = cell - row * width  # an export has no remainder by a size
         found = (torch.stack([column, row], -1) + 0.5 + offset).transpose(1, 2) / size[:, None]  # (B, Q, K, 2)
         seen = score.gather(2, cell).transpose(1, 2)[..., None] > LEAST
         return torch.where(seen, found.to(poses.dtype), poses)

@@ -21,13 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hpetr import __version__
-from hpetr.predict import PosePredictor
+from hpetr.predictor import Predictor
 from hpetr.results import PoseResult
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import FIELD, FORMAT_NAMES, Limits, Refusal, check_picture, read_upload
 from hpetr.server.metrics import Metrics
 from hpetr.server.schemas import Health, ModelInfo, Prediction, Problem, to_prediction
-from hpetr.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,7 +72,7 @@ class Service:
     """
 
     def __init__(
-        self, predictor: PosePredictor, name: str, limits: Limits | None = None, batch_size: int | None = None
+        self, predictor: Predictor, name: str, limits: Limits | None = None, batch_size: int | None = None
     ) -> None:
         self.predictor, self.name, self.limits = predictor, name, limits or Limits()
         self.batcher = Batcher(
@@ -97,8 +96,7 @@ class Service:
     @property
     def threshold(self) -> float:
         """Taken when a request names none."""
-        own = self.predictor.threshold
-        return self.predictor.processor.threshold if own is None else own
+        return self.predictor.threshold
 
     async def predict(self, request: Request, threshold: float) -> PoseResult:
         """The poses of a request's picture.
@@ -124,19 +122,18 @@ class Service:
 
     def info(self) -> ModelInfo:
         """What runs here."""
-        config = self.predictor.model.config
-        skeleton = Skeleton.from_dict(config.skeleton)
+        skeleton = self.predictor.skeleton
         return ModelInfo(
             model=self.name,
             classes=self.predictor.class_names,
             keypoint_names=list(skeleton.names),
             edges=[list(edge) for edge in skeleton.edges],
             threshold=self.threshold,
-            max_poses=config.num_poses,
+            max_poses=self.predictor.num_poses,
             max_bytes=self.limits.max_bytes,
             max_pixels=self.limits.max_pixels,
             timeout=self.limits.timeout,
-            device=str(self.predictor.model.device),
+            device=self.predictor.device_name,
             version=__version__,
         )
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from hpetr.data.images import load_image
 from hpetr.errors import InputError
-from hpetr.pixels import keep_ratio_size
-from hpetr.predict import PosePredictor, predict_batch
+from hpetr.predictor import Predictor
 from hpetr.results import PoseResult
 from hpetr.server.limits import Refusal, broken
 
@@ -59,7 +58,7 @@ class Batcher:
     Requests are admitted before their upload is read, which bounds the memory of uploads too.
     """
 
-    def __init__(self, predictor: PosePredictor, capacity: int, batch_size: int, max_pixels: int) -> None:
+    def __init__(self, predictor: Predictor, capacity: int, batch_size: int, max_pixels: int) -> None:
         self.predictor, self.capacity, self.batch_size, self.max_pixels = predictor, capacity, batch_size, max_pixels
         self.on_batch: OnBatch = lambda pictures, seconds: None
         self._line: deque[Job] = deque()
@@ -170,8 +169,7 @@ class Batcher:
         return batch
 
     def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        limits = self.predictor.processor.size
-        return keep_ratio_size(*size, limits["shortest_edge"], limits["longest_edge"])
+        return self.predictor.network_size(*size)
 
     def _run(self, jobs: Sequence[Job]) -> int:
         """Answer every job; gives how many pictures went through the network."""
@@ -196,7 +194,7 @@ class Batcher:
         lowest = min(job.threshold for job, _ in group)
         pictures = [picture for _, picture in group]
         try:
-            results = predict_batch(self.predictor.model, self.predictor.processor, pictures, lowest)
+            results = self.predictor.predict(pictures, lowest)
         except Exception as error:  # a failure is answered, and the next batch may do
             logger.exception("the model failed on a batch of %d", len(group))
             for job, _ in group:

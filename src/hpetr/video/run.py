@@ -17,7 +17,7 @@ import numpy as np
 
 from hpetr.draw import draw_poses
 from hpetr.errors import InputError
-from hpetr.predict import PosePredictor, predict_batch
+from hpetr.predictor import Predictor
 from hpetr.results import PoseResult, check_writable
 from hpetr.tracking import UNTRACKED, PoseSmoother, PoseTracker
 from hpetr.video.decoding import FrameQueue
@@ -114,7 +114,7 @@ class Progress:
 
 
 def predict_videos(
-    predictor: PosePredictor,
+    predictor: Predictor,
     videos: Sequence[str],
     output: Path,
     results: Path | None = None,
@@ -183,7 +183,7 @@ class _VideoWork:
 
     def __init__(
         self,
-        predictor: PosePredictor,
+        predictor: Predictor,
         source: Source,
         lines: JsonLines,
         target: Path,
@@ -192,10 +192,10 @@ class _VideoWork:
     ) -> None:
         self._predictor, self._source, self._lines = predictor, source, lines
         self._target, self._video, self._options = target, video, options
-        self._threshold = predictor.processor.threshold if predictor.threshold is None else predictor.threshold
+        self._threshold = predictor.threshold
         self._tracker: PoseTracker | None = None
         if options.track or options.smooth:
-            sigmas = predictor.model.config.skeleton["sigmas"]
+            sigmas = predictor.skeleton.sigmas
             self._tracker = PoseTracker(sigmas, self._threshold)
         self._smoother = PoseSmoother() if options.smooth else None
         self._sink: VideoSink | None = None
@@ -230,8 +230,7 @@ class _VideoWork:
 
     def _predict(self, batch: list[Frame]) -> list[PoseResult]:
         threshold = self._threshold * (DOUBTFUL_SHARE if self._tracker else 1)
-        predictor = self._predictor
-        return predict_batch(predictor.model, predictor.processor, [frame.picture for frame in batch], threshold)
+        return self._predictor.predict([frame.picture for frame in batch], threshold)
 
     def _write(self, batch: list[Frame], found: list[PoseResult]) -> None:
         for frame, result in zip(batch, found, strict=True):

@@ -1,0 +1,151 @@
+"""What stands in an exported model beside the network: how pictures go in, and how poses come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpetr.errors import InputError
+from hpetr.pixels import MIN_BATCH_SIDE
+from hpetr.skeleton import Skeleton
+
+FORMAT = 1
+KEY = "hpetr"  # of the description in an ONNX file's metadata
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """An exported model's description.
+
+    Attributes:
+        model: name of the checkpoint. hpetr: the version that exported it.
+        shortest_edge, longest_edge, image_mean, image_std, pad_size_divisor, threshold: as in `HPetrImageProcessor`.
+        num_poses: poses a picture, most.
+        classes: names by label. skeleton: of the keypoints.
+    """
+
+    model: str
+    hpetr: str
+    shortest_edge: int
+    longest_edge: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    pad_size_divisor: int
+    threshold: float
+    num_poses: int
+    classes: tuple[str, ...]
+    skeleton: Skeleton
+
+    def to_json(self) -> str:
+        """The description as programs in any language can follow it; `from_json` reads it back."""
+        steps = {
+            "format": FORMAT,
+            "hpetr": self.hpetr,
+            "model": self.model,
+            "inputs": {
+                "pixel_values": "float32 (batch, 3, height, width), RGB planes, each picture in the top left corner",
+                "pixel_mask": "int64 (batch, height, width), 1 = picture, 0 = padding",
+            },
+            "outputs": {
+                "scores": "float32 (batch, poses), best first",
+                "poses": "float32 (batch, poses, keypoints, 2), x and y, 1 = width and height without padding",
+                "pose_labels": "int64 (batch, poses), index into classes",
+                "keypoint_scores": "float32 (batch, poses, keypoints), 1 where the model gives none",
+            },
+            "preprocessing": {
+                "exif_orientation": "applied",
+                "channels": "RGB",
+                "resize": {
+                    "shortest_edge": self.shortest_edge,
+                    "longest_edge": self.longest_edge,
+                    "scale": "min(longest_edge / longer side, shortest_edge / shorter side)",
+                    "sides": "max(1, floor(side * scale + 0.5))",
+                    "interpolation": "bilinear between pixel centres, without antialiasing",
+                },
+                "normalize": "(pixel / 255 - mean) / std",
+                "mean": list(self.image_mean),
+                "std": list(self.image_std),
+                "pad": {
+                    "where": "right and bottom, after normalizing",
+                    "value": 0,
+                    "multiple_of": self.pad_size_divisor,
+                    "least_side": MIN_BATCH_SIDE,
+                },
+            },
+            "postprocessing": {
+                "keep": "score > threshold",
+                "threshold": self.threshold,
+                "keypoints": "clip to 0..1, multiply with the width and height of the original picture",
+                "box": "extent of the keypoints",
+                "suppression": "none",
+            },
+            "num_poses": self.num_poses,
+            "classes": list(self.classes),
+            "skeleton": self.skeleton.to_dict(),
+        }
+        return json.dumps(steps, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> ModelDescription:
+        """The description that `to_json` wrote.
+
+        Args:
+            source: the file, for errors.
+
+        Raises:
+            InputError: it is not a description of hpetr, of a later format, or a field is wrong.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{source}: its description is not JSON, expected what hpetr export writes") from error
+        if not isinstance(values, Mapping) or "format" not in values:
+            raise InputError(f"{source}: its description has no 'format', expected what hpetr export writes")
+        if values["format"] != FORMAT:
+            raise InputError(f"{source}: its description has format {values['format']!r}, expected {FORMAT}")
+        try:
+            return cls._from_dict(values)
+        except InputError as error:
+            raise InputError(f"{source}: its description: {error}") from error
+        except KeyError as error:
+            raise InputError(f"{source}: its description has no {error.args[0]!r}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{source}: its description is not valid ({error})") from error
+
+    @classmethod
+    def _from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
+        before, after = values["preprocessing"], values["postprocessing"]
+        description = cls(
+            model=str(values["model"]),
+            hpetr=str(values["hpetr"]),
+            shortest_edge=_at_least_one(before["resize"], "shortest_edge"),
+            longest_edge=_at_least_one(before["resize"], "longest_edge"),
+            image_mean=_three(before, "mean"),
+            image_std=_three(before, "std"),
+            pad_size_divisor=_at_least_one(before["pad"], "multiple_of"),
+            threshold=float(after["threshold"]),
+            num_poses=_at_least_one(values, "num_poses"),
+            classes=tuple(str(name) for name in values["classes"]),
+            skeleton=Skeleton.from_dict(values["skeleton"]),
+        )
+        if 0 in description.image_std:
+            raise InputError("'std' has a 0")
+        if not 0 <= description.threshold <= 1:
+            raise InputError(f"'threshold' is {description.threshold}, expected a number in 0..1")
+        return description
+
+
+def _at_least_one(values: Mapping[str, Any], key: str) -> int:
+    value = values[key]
+    if type(value) is not int or value < 1:
+        raise InputError(f"{key!r} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def _three(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    numbers = tuple(float(number) for number in values[key])
+    if len(numbers) != 3:
+        raise InputError(f"{key!r} has {len(numbers)} numbers, expected 3")
+    return numbers
