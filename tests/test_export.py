@@ -18,12 +18,13 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, Inpu
 from hpetr.checkpoint import save_checkpoint
 from hpetr.cli import app
 from hpetr.data.images import load_image
-from hpetr.export import export_onnx
+from hpetr.export import describe, export_model, write_openvino
+from hpetr.onnx_graph import halve
 from hpetr.pixels import normalize_and_pad, resize_image
 from hpetr.predict import open_predictor
 from hpetr.runtime import ExportedPredictor
 from hpetr.runtime.description import KEY, ModelDescription
-from hpetr.runtime.engine import Engine
+from hpetr.runtime.engine import load_engine
 from hpetr.runtime.pictures import read_picture
 from tiny_model import TINY
 
@@ -68,7 +69,7 @@ class Exported:
         )
         self.checkpoint, self.file = folder / name, folder / f"{name}.onnx"
         save_checkpoint(self.model, self.processor, self.checkpoint)
-        export_onnx(self.model, self.processor, self.file, name)
+        export_model(self.model, self.processor, self.file, name=name)
 
 
 @pytest.fixture(scope="module", params=["nano", "published"])
@@ -89,7 +90,7 @@ def assert_equal_poses(found: PoseResult, expected: PoseResult) -> None:
 
 def test_network_gives_torchs_numbers(exported: Exported) -> None:
     """Of sizes and batches other than those of the translation, with padding and without."""
-    engine, processor = Engine(exported.file), exported.processor
+    engine, processor = load_engine(exported.file), exported.processor
     for count, (height, width) in ((1, (96, 128)), (1, (160, 224)), (3, (224, 96)), (2, (101, 203))):
         pictures = [
             resize_image(load_image(path), height - 11 * i, width - 17 * i) for i, path in enumerate(EXAMPLES[:count])
@@ -182,6 +183,50 @@ def test_file_describes_itself(exported: Exported) -> None:
     assert str(Path.home()) not in str(graph.graph.node[:50]), "no traces of this machine"
 
 
+def test_half_the_file_and_nearly_the_same_poses(exported: Exported, tmp_path: Path) -> None:
+    half = tmp_path / "half.onnx"
+    graph = onnx.load(exported.file)
+    halve(graph)
+    onnx.save(graph, half)
+    assert half.stat().st_size < 0.7 * exported.file.stat().st_size
+    found, expected = ExportedPredictor(half)(EXAMPLES[0]), ExportedPredictor(exported.file)(EXAMPLES[0])
+    assert 0 < np.abs(np.sort(found.scores) - np.sort(expected.scores)).max() < 0.05
+
+
+def test_openvino(exported: Exported, tmp_path: Path) -> None:
+    file = tmp_path / "model.xml"
+    description = describe(exported.model, exported.processor, exported.name)
+    write_openvino(onnx.load(exported.file), description, file, half=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    ours, theirs = ExportedPredictor(file), PosePredictor(exported.checkpoint, "cpu")
+    assert ours.description == description
+    for found, expected in zip(ours(EXAMPLES[:3], 2), theirs(EXAMPLES[:3], 2), strict=True):
+        assert_equal_poses(found, expected)
+    with pytest.raises(InputError, match="this OpenVINO has cpu"):
+        ExportedPredictor(file, device="cuda")
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(InputError, match="expected it and its .bin beside it"):
+        ExportedPredictor(file)
+
+
+def test_program_of_torch_export(tmp_path: Path) -> None:
+    """It holds plain torch operators alone, and takes batches and sizes other than those of the trace."""
+    model, file = make_model("published"), tmp_path / "model.pt2"
+    processor = HPetrImageProcessor({"shortest_edge": 160, "longest_edge": 224}, pad_size_divisor=32)
+    export_model(model, processor, file, "torch-export", "published")
+    extra = {"hpetr.json": ""}
+    program = torch.export.load(file, extra_files=extra)
+    assert ModelDescription.from_json(extra["hpetr.json"], "model.pt2").model == "published"
+    assert "hpetr." not in program.graph_module.code
+    for batch, height, width in ((1, 128, 160), (2, 160, 224), (5, 224, 96)):
+        pixels, mask = torch.rand(batch, 3, height, width), torch.ones(batch, height, width).long()
+        mask[-1, :, width - 40 :] = 0
+        with torch.inference_mode():
+            found, expected = program.module()(pixels, mask), model(pixels, mask)
+        for name in ("scores", "poses", "pose_labels"):
+            torch.testing.assert_close(found[name], expected[name], **TOLERANCE)
+
+
 def rewritten(exported: Exported, file: Path, **changes: object) -> Path:
     """A copy whose description has other values; None takes one out."""
     graph = onnx.load(exported.file)
@@ -225,7 +270,9 @@ def test_bad_files_are_one_line(exported: Exported, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "--format", "caffe"], "--format caffe: expected onnx"),
+        (["export", "--format", "caffe"], "--format caffe: expected onnx, openvino, torch-export"),
+        (["export", "--format", "openvino", "--output", "model.onnx"], "model.onnx: expected the name of a file that"),
+        (["export", "--format", "torch-export", "--half"], "--half: is for onnx and openvino"),
         (["export", "--output", "model.bin"], "model.bin: expected the name of a file that ends in .onnx"),
         (["export", "nowhere"], "nowhere: no such folder"),
         (["predict", "model.onnx"], "model.onnx: a model without pictures"),

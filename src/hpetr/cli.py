@@ -105,7 +105,7 @@ def predict(
         list[str],
         typer.Argument(
             help="Pictures, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL. "
-            "An exported model (.onnx) among them is used."
+            "An exported model (.onnx, .xml) among them is used."
         ),
     ],
     checkpoint: Annotated[

@@ -7,24 +7,31 @@ from typing import Annotated
 
 import typer
 
-from hpetr.errors import InputError
-
-FORMATS = ("onnx",)
-
 
 def export_command(
     checkpoint: Annotated[
         str | None, typer.Argument(help="Checkpoint folder. Default: the model that comes with hpetr.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="onnx, for ONNX Runtime and what else reads ONNX.")] = "onnx",
-    output: Annotated[Path, typer.Option(help="New file.")] = Path("model.onnx"),
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="onnx, for ONNX Runtime and what else reads ONNX; openvino; or torch-export, a program of plain torch "
+            "operators.",
+        ),
+    ] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="New file. Default: model.onnx, model.xml or model.pt2, by the format.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Keep weights in float16: half the file. For onnx and openvino.")
+    ] = False,
 ) -> None:
-    """Write a model for programs without torch."""
-    from hpetr.export import check_export, export_onnx
+    """Write a model for other runtimes."""
+    from hpetr.export import FORMATS, check_export, export_model
 
-    if form not in FORMATS:
-        raise InputError(f"--format {form}: expected {' or '.join(FORMATS)}")
-    check_export(output)
+    path = output or Path("model").with_suffix(FORMATS[form][0] if form in FORMATS else "")
+    check_export(path, form, half=half)
     from hpetr.checkpoint import BUNDLED, load_checkpoint, resolve_checkpoint
     from hpetr.hub import is_hub_place
 
@@ -33,5 +40,6 @@ def export_command(
         name = resolve_checkpoint(checkpoint).resolve().name
     model, processor = load_checkpoint(checkpoint, "cpu")
     typer.echo("translating the network, which takes a minute or two")
-    export_onnx(model, processor, output, name)
-    typer.echo(f"model: {output}, {output.stat().st_size / 1e6:.1f} MB")
+    export_model(model, processor, path, form, name, half=half)
+    files = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
+    typer.echo(f"model: {path}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")

@@ -8,15 +8,13 @@ it takes minutes; the second half sees a plain symbol.
 from __future__ import annotations
 
 import ast
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import compose
+from onnx import TensorProto, compose, helper, numpy_helper
 from onnxscript import opset18
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from hpetr.kernels import kept_as_operator
 from hpetr.model.encoder import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.prior import PriorMaps
+from hpetr.program import FREE, TRACED, quiet, requiring_gradients, traced_sides
 
 op: Any = opset18  # its types take no Python numbers
 OPSET = 18  # GridSample and LayerNormalization are in it, and runtimes of several years read it
@@ -37,13 +36,6 @@ DIMENSIONS = {
     "pose_labels": ("batch", "poses"),
     "keypoint_scores": ("batch", "poses", "keypoints"),
 }
-# The sizes of the trace are no part of the graph, but two that are equal by chance would be tied together. These, or
-# their next multiples of a divisor, and the sides of their maps at all strides are distinct.
-TRACED = (3, 203, 297)
-# Quotients by the strides are whole where sides are multiples of the coarsest one: the graph needs no rounding, and
-# torch's symbolic arithmetic a fraction of the time.
-COARSEST = 32
-FREE = torch.export.Dim.DYNAMIC
 
 
 class PicturesToTokens(nn.Module):
@@ -149,12 +141,9 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
     """
     config = model.config
     levels, width, joints = config.num_feature_levels, config.d_model, config.num_keypoints
-    batch, height, columns = TRACED
-    sides: list[Any] = [FREE, FREE]
+    batch = TRACED[0]
+    height, columns, *sides = traced_sides(divisor)
     sizes: tuple[Any, ...]
-    if divisor % COARSEST == 0:
-        height, columns = (-(-side // COARSEST) * COARSEST for side in (height, columns))
-        sides = [COARSEST * torch.export.Dim(name, min=2) for name in ("rows", "columns")]
     pictures = (torch.zeros(batch, 3, height, columns), torch.ones(batch, height, columns).long())
     between = ["tokens", "positions", "centres", "ratios", "cells", "padding", *(f"level_{i}" for i in range(levels))]
     maps = [torch.zeros(batch, 11 + 2 * i, 23 + 4 * i, dtype=torch.bool) for i in range(levels)]
@@ -169,7 +158,7 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
         maps += [torch.zeros(batch, count, size) for size in (len(config.id2label or {}), 2 * joints)]
         maps += [torch.zeros(batch, size, 37, 53) for size in (joints, 2 * joints)]
         free += [{0, 1}] * 2 + [{0, 2, 3}] * 2
-    with _quiet(), _frozen(model):
+    with quiet(), requiring_gradients(model, False):
         sizes = {0: FREE, 2: sides[0], 3: sides[1]}, {0: FREE, 1: sides[0], 2: sides[1]}
         first = _convert(PicturesToTokens(model), pictures, sizes, INPUTS, between)
         sizes = tuple(dict.fromkeys(axes, FREE) for axes in free)
@@ -239,32 +228,18 @@ def _tidy(model: onnx.ModelProto) -> None:
     model.ClearField("metadata_props")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells what it could not simplify, and what in torch is outdated: nobody can do anything about it."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients, but gradients on: without them, backbones and attention take paths whose
-    arithmetic depends on the size of the picture.
-    """
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(requires_grad)
+def halve(model: onnx.ModelProto) -> None:
+    """Keep weights of matrices and convolutions in float16; they are float32 again before anything is computed."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        name, weights = tensor.name, numpy_helper.to_array(tensor)
+        if np.abs(weights).max(initial=0) > np.finfo(np.float16).max:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(weights.astype(np.float16), f"{name}.half"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}/Cast", to=TensorProto.FLOAT))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(casts + nodes)
+    onnx.checker.check_model(model)

@@ -101,7 +101,7 @@ def open_predictor(
     precision: str = "float32",
     compiled: bool = False,
 ) -> Predictor:
-    """A predictor of a checkpoint, or of the exported model where `model` is a `.onnx` file.
+    """A predictor of a checkpoint, or of the exported model where `model` is a `.onnx` or `.xml` file.
 
     Args:
         model, device, threshold, precision, compiled: see `PosePredictor`; an exported model has the precision that it

@@ -13,7 +13,7 @@ from hpetr.runtime.predictor import ExportedPredictor
 def main(arguments: list[str] | None = None) -> int:
     """Print the poses; the exit code is 2 when the model or a picture cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m hpetr.runtime", description="Poses of an exported model.")
-    parser.add_argument("model", help=".onnx file that `hpetr export` wrote")
+    parser.add_argument("model", help=".onnx or .xml file that `hpetr export` wrote")
     parser.add_argument("pictures", nargs="+", metavar="picture")
     parser.add_argument("--threshold", type=float, help="report poses with a higher score")
     parser.add_argument("--threads", type=int, help="of the CPU")

@@ -1,8 +1,9 @@
-"""The network of an exported model, in ONNX Runtime."""
+"""The network of an exported model, in ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +13,52 @@ from hpetr.runtime.description import KEY, ModelDescription
 
 INPUTS = ("pixel_values", "pixel_mask")
 OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
-SUFFIX = ".onnx"
+ONNX, OPENVINO = ".onnx", ".xml"
+SUFFIXES = (ONNX, OPENVINO)
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is one of an exported model: of a file, there or not, that ends in .onnx."""
-    return Path(path).suffix.lower() == SUFFIX and not Path(path).is_dir()
+    """Whether the name is one of an exported model: of a file, there or not, that ends in .onnx or .xml."""
+    return Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir()
 
 
-class Engine:
-    """A `.onnx` file, loaded.
+class Engine(ABC):
+    """An exported model, loaded.
 
-    Args:
-        threads: of the CPU; None leaves it to ONNX Runtime.
-        device: "auto", "cpu" or "cuda".
-
-    Raises:
-        InputError: no such file, not an exported model of hpetr, broken, or ONNX Runtime or the device is not there.
+    Attributes:
+        description: what the file says of itself.
+        device_name: the runtime, and what it runs on.
     """
 
+    description: ModelDescription
+    device_name: str
+
+    @abstractmethod
+    def run(self, pixel_values: np.ndarray, pixel_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs by name, see `ModelDescription.to_json`, of (B, 3, H, W) float32 and (B, H, W) int64."""
+
+
+def load_engine(path: Path, threads: int | None = None, device: str = "auto") -> Engine:
+    """The engine for a file, by its suffix.
+
+    Args:
+        threads: of the CPU; None leaves it to the runtime.
+        device: "auto" or "cpu"; "cuda" in ONNX Runtime; any device of OpenVINO's.
+
+    Raises:
+        InputError: no such file, not an exported model of hpetr, broken, or the runtime or the device is not there.
+    """
+    if not is_exported(path):
+        raise InputError(f"{path}: expected the {' or '.join(SUFFIXES)} file of an exported model")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected an exported model")
+    return (OnnxEngine if path.suffix.lower() == ONNX else OpenVinoEngine)(path, threads, device)
+
+
+class OnnxEngine(Engine):
+    """A `.onnx` file in ONNX Runtime; arguments and errors are those of `load_engine`."""
+
     def __init__(self, path: Path, threads: int | None = None, device: str = "auto") -> None:
-        if not is_exported(path):
-            raise InputError(f"{path}: expected the {SUFFIX} file of an exported model")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file, expected an exported model")
         try:
             import onnxruntime
         except ImportError as error:
@@ -49,19 +72,65 @@ class Engine:
             self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # ONNX Runtime has an exception class for each kind of failure, with no common one
             raise InputError(f"{path}: cannot be loaded, expected a whole ONNX file ({_first_line(error)})") from error
-        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        if text is None:
-            raise InputError(f"{path}: has no metadata {KEY!r}, expected what hpetr export writes")
-        self.description = ModelDescription.from_json(text, str(path))
+        self.description = _description(path, self._session.get_modelmeta().custom_metadata_map.get(KEY))
         self.device_name = f"ONNX Runtime, {self._session.get_providers()[0].removesuffix('ExecutionProvider')}"
-        names = {entry.name for entry in (*self._session.get_inputs(), *self._session.get_outputs())}
-        if missing := [name for name in (*INPUTS, *OUTPUTS) if name not in names]:
-            raise InputError(f"{path}: has no {missing[0]!r}, expected the inputs and outputs that hpetr export writes")
+        _check_names(path, {entry.name for entry in (*self._session.get_inputs(), *self._session.get_outputs())})
 
     def run(self, pixel_values: np.ndarray, pixel_mask: np.ndarray) -> dict[str, np.ndarray]:
-        """The outputs by name, see `ModelDescription.to_json`, of (B, 3, H, W) float32 and (B, H, W) int64."""
+        """See `Engine.run`."""
         found = self._session.run(list(OUTPUTS), dict(zip(INPUTS, (pixel_values, pixel_mask), strict=True)))
         return dict(zip(OUTPUTS, found, strict=True))
+
+
+class OpenVinoEngine(Engine):
+    """A `.xml` file and its `.bin` in OpenVINO, in float32; arguments and errors are those of `load_engine`."""
+
+    def __init__(self, path: Path, threads: int | None = None, device: str = "auto") -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise InputError(f"{path}: needs OpenVINO, expected after pip install openvino") from error
+        core = openvino.Core()
+        chosen = "CPU" if device == "auto" else device.upper()
+        if chosen not in core.available_devices:
+            names = ", ".join(name.lower() for name in core.available_devices)
+            raise InputError(f"device {device}: this OpenVINO has {names}; expected one of them, or auto")
+        # Without the hint, CPUs and GPUs that can compute in half precision do, and coordinates miss their pixel.
+        settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            network = core.read_model(path)
+            text = (
+                str(network.get_rt_info([KEY, "description"]).value)
+                if network.has_rt_info([KEY, "description"])
+                else None
+            )
+            self._model = core.compile_model(network, chosen, settings)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"{path}: cannot be loaded, expected it and its .bin beside it ({reason})") from error
+        self.description = _description(path, text)
+        self.device_name = f"OpenVINO, {chosen}"
+        ports = (*self._model.inputs, *self._model.outputs)
+        _check_names(path, {name for port in ports for name in port.get_names()})
+
+    def run(self, pixel_values: np.ndarray, pixel_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Engine.run`."""
+        request = self._model.create_infer_request()  # one a call: calls of several threads do not mix
+        found = request.infer(dict(zip(INPUTS, (pixel_values, pixel_mask), strict=True)))
+        return {name: found[name] for name in OUTPUTS}
+
+
+def _description(path: Path, text: str | None) -> ModelDescription:
+    if text is None:
+        raise InputError(f"{path}: has no metadata {KEY!r}, expected what hpetr export writes")
+    return ModelDescription.from_json(text, str(path))
+
+
+def _check_names(path: Path, names: set[str]) -> None:
+    if missing := [name for name in (*INPUTS, *OUTPUTS) if name not in names]:
+        raise InputError(f"{path}: has no {missing[0]!r}, expected the inputs and outputs that hpetr export writes")
 
 
 def _providers(device: str, available: list[str]) -> list[str]:

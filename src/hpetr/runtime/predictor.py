@@ -13,7 +13,7 @@ from hpetr.errors import InputError
 from hpetr.pixels import keep_ratio_size, normalize_and_pad, resize_image
 from hpetr.predictor import Predictor, check_threshold
 from hpetr.results import PoseResult
-from hpetr.runtime.engine import Engine
+from hpetr.runtime.engine import load_engine
 from hpetr.runtime.pictures import read_picture
 from hpetr.skeleton import Skeleton
 
@@ -25,13 +25,14 @@ class ExportedPredictor(Predictor):
     """A model that `hpetr export` wrote.
 
     Args:
-        path: the `.onnx` file.
+        path: the `.onnx` file, or OpenVINO's `.xml` with its `.bin` beside it.
         threshold: only poses with a higher score are given; None takes the model's own.
-        threads: of the CPU; None leaves it to ONNX Runtime.
-        device: "auto" (CUDA where this ONNX Runtime has it, else the CPU), "cpu" or "cuda".
+        threads: of the CPU; None leaves it to the runtime.
+        device: "auto" (CUDA where this ONNX Runtime has it, else the CPU), "cpu", "cuda"; with OpenVINO any of its
+            devices, such as "gpu".
 
     Raises:
-        InputError: the file is not there, broken or not hpetr's, ONNX Runtime or the device is not there, or the
+        InputError: the file is not there, broken or not hpetr's, the runtime or the device is not there, or the
             threshold is not in 0..1.
 
     Examples:
@@ -48,7 +49,7 @@ class ExportedPredictor(Predictor):
         device: str = "auto",
     ) -> None:
         check_threshold(threshold)
-        self._engine = Engine(Path(path), threads, device)
+        self._engine = load_engine(Path(path), threads, device)
         self.description = self._engine.description
         self.threshold = self.description.threshold if threshold is None else threshold
 

@@ -1,0 +1,41 @@
+"""AP of exported models: what other runtimes and half precision cost.
+
+    python benchmarks/quality/exported_ap.py annotations.json model.onnx model.xml [--images FOLDER] [--threads 2]
+
+Every pose of every picture, whatever its score, as `hpetr eval` has it; the ten figures of the COCO keypoint protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hpetr.evaluate import coco_metrics, read_ground_truth
+from hpetr.runtime import ExportedPredictor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("models", nargs="+", help="what `hpetr export` wrote")
+    parser.add_argument("--images", type=Path, help="folder of the pictures; that of the annotations if not given")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    truth = read_ground_truth(args.annotations)
+    folder = args.images or args.annotations.parent
+    categories = [category["id"] for category in truth["categories"]]
+    heading = False
+    for model in args.models:
+        predictor = ExportedPredictor(model, 0.0, threads=args.threads)
+        results = []
+        for image in truth["images"]:
+            results += predictor(folder / image["file_name"]).to_coco(image["id"], categories)
+        figures = coco_metrics(truth, results, predictor.skeleton.sigmas)
+        if not heading:
+            print(f"{'':24}" + "".join(f"{name:>8}" for name in figures))
+            heading = True
+        print(f"{Path(model).name:24}" + "".join(f"{value:>8.4f}" for value in figures.values()))
+
+
+if __name__ == "__main__":
+    main()
