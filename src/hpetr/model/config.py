@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "joint_decoder_ffn_dim": 512,
         "keypoint_head_dim": 256,
         "num_queries": 60,
-        "num_one_to_many_queries": 0,
+        "num_one_to_many_queries": 100,
         "one_to_many_k": 4,
         "num_poses": 30,
         "dropout": 0.0,
