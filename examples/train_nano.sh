@@ -9,9 +9,10 @@ output=${2:-runs/nano}
 coco="{annotations: $data/coco/train/annotations.json, images: $data/coco/train/images"
 people="{annotations: $data/people/annotations.json, images: $data/people, only_with_people: true}"
 
-# Without a heatmap loss: MoveNet's heatmaps of these joints are learnt.
-hpetr train recipes/h-petr-nano.yaml "output=$output/poses" model.options.loss_heatmap=0 train.epochs=0.78 \
-    "data.train=[$coco, repeat: 40}, $people]"
+# Without a heatmap loss, since MoveNet's heatmaps of these joints are learnt, and without one-to-many queries, which this
+# checkpoint did not have. Its run was stopped at step 2,400 of the 3,195.
+hpetr train recipes/h-petr-nano.yaml "output=$output/poses" train.epochs=0.78 \
+    "model.options={loss_heatmap: 0, num_one_to_many_queries: 0, num_queries: 100}" "data.train=[$coco, repeat: 40}, $people]"
 hpetr train recipes/h-petr-nano-scores.yaml "output=$output/scores" "model.weights=$output/poses" \
     "data.train=[$coco, repeat: 5, unlabelled: absent}]"
 hpetr convert "$output/scores" --half --output "$output/h-petr-nano"
