@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz    many more inputs for tests/fuzz than make test tries"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"
-	@echo "make figures the pictures of docs/model.md, with the bundled checkpoint"
+	@echo "make figures the pictures of docs/model.md and of the bundled checkpoint, drawn with it"
 	@echo "make clean   remove $(VENV), caches and built files"
 
 install: $(INSTALLED_DEV)
@@ -81,6 +81,7 @@ docs: $(INSTALLED_DOCS)
 # The pictures of docs/model.md, anew after a change of the bundled checkpoint.
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/make_model_figures.py
+	$(BIN)/python docs/figures/make_failure_figure.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
