@@ -1,7 +1,8 @@
 """Time of a checkpoint in torch and of what `hpetr export` made of it, side by side in one run.
 
-    python benchmarks/runtime_latency.py checkpoint-folder model.onnx model.xml [--picture FILE] [--threads 2]
+    python benchmarks/runtime_latency.py [checkpoint-folder model.onnx model.xml ...] [--picture FILE] [--threads 2]
 
+Without arguments it exports the bundled model to ONNX and OpenVINO first.
 One photograph, decoded once: resize, network and post-processing, float32, batch 1, in turn so that all see the same
 machine. Beside the times stand the largest differences to torch of scores, and of keypoints in pixels, of poses above
 the model's threshold.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 
 from hpetr import PosePredictor
+from hpetr.checkpoint import BUNDLED, load_checkpoint
 from hpetr.data.images import load_image
+from hpetr.export import export_model
 from hpetr.predictor import Predictor
 from hpetr.runtime import ExportedPredictor
 
@@ -27,16 +31,30 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("models", nargs="+", help="files that `hpetr export` made of it")
+    parser.add_argument("checkpoint", nargs="?", default=BUNDLED)
+    parser.add_argument("models", nargs="*", help="files that `hpetr export` made of it")
     parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(args, args.models or export(args.checkpoint, Path(folder)))
+
+
+def export(checkpoint: str, folder: Path) -> list[str]:
+    """Its ONNX and OpenVINO files."""
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    files = [folder / "model.onnx", folder / "model.xml"]
+    for file, form in zip(files, ("onnx", "openvino"), strict=True):
+        export_model(model, processor, file, form)
+    return [str(file) for file in files]
+
+
+def compare(args: argparse.Namespace, models: list[str]) -> None:
     torch.set_num_threads(args.threads)
     picture = load_image(args.picture)
     predictors: dict[str, Predictor] = {"torch": PosePredictor(args.checkpoint, "cpu")}
-    for model in args.models:
+    for model in models:
         predictor = ExportedPredictor(model, threads=args.threads, device="cpu")
         predictors[f"{predictor.device_name.partition(',')[0]}, {Path(model).name}"] = predictor
     results = {name: predictor(picture) for name, predictor in predictors.items()}

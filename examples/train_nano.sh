@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The training of the bundled h-petr-nano: MoveNet's network stays as it is, the transformer learns on top of it.
 #   bash examples/train_nano.sh DATA [OUTPUT]
-# DATA has the folders coco/train (COCO keypoint JSON and pictures) and people (further labelled photographs), each with
-# an annotations.json. About 45 minutes on two CPU cores.
+# DATA has the folders coco/train (COCO keypoint JSON and pictures), coco/dev (the same, to scale the joints' scores with)
+# and people (further labelled photographs), each with an annotations.json. About 45 minutes on two CPU cores.
 set -euo pipefail
 data=${1:?folder of the data}
 output=${2:-runs/nano}
@@ -15,4 +15,7 @@ hpetr train recipes/h-petr-nano.yaml "output=$output/poses" train.epochs=0.78 \
     "model.options={loss_heatmap: 0, num_one_to_many_queries: 0, num_queries: 100}" "data.train=[$coco, repeat: 40}, $people]"
 hpetr train recipes/h-petr-nano-scores.yaml "output=$output/scores" "model.weights=$output/poses" \
     "data.train=[$coco, repeat: 5, unlabelled: absent}]"
-hpetr convert "$output/scores" --half --output "$output/h-petr-nano"
+hpetr eval "$output/scores" "$data/coco/dev/annotations.json" --images "$data/coco/dev/images" --output "$output/eval.json"
+python benchmarks/quality/keypoint_calibration.py "$output/eval.json" "$data/coco/dev/annotations.json" \
+    --calibrate "$output/scores" --output "$output/calibrated"
+hpetr convert "$output/calibrated" --half --output "$output/h-petr-nano"
