@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between evaluations")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--figure", type=Path, help="SVG of AP over steps")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     if load_recipe(args.recipe, args.overrides).data.val is None:
         sys.exit("error: no data.val, expected data to evaluate on")
     curves: dict[str, list[dict[int, float]]] = {}
