@@ -147,10 +147,10 @@ def predict(
     compiled: Compiled = False,
 ) -> None:
     """Find the people in pictures and videos: drawings, and the keypoints as JSON."""
-    from hpetr.picture_files import check_outputs, find_pictures
+    from hpetr.picture_files import check_outputs, find_pictures, split_off_model
     from hpetr.video.naming import split_inputs
 
-    inputs, checkpoint = _split_off_model(inputs, checkpoint)
+    inputs, checkpoint = split_off_model(inputs, checkpoint)
     videos, rest = split_inputs(inputs)
     pictures = find_pictures(rest) if rest else []
     if videos and pictures and json_file is not None:
@@ -179,22 +179,6 @@ def predict(
 
         options = VideoOptions(draw, batch_size, track, smooth, live)
         predict_and_report(predictor, videos, output, json_file, options)
-
-
-def _split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str], str | None]:
-    """The pictures and videos among the inputs, and the model: the option's, or the exported one among the inputs."""
-    from hpetr.runtime import is_exported
-
-    models = [text for text in inputs if is_exported(text)]
-    if not models:
-        return inputs, checkpoint
-    if len(models) > 1 or checkpoint is not None:
-        named = [*([checkpoint] if checkpoint else []), *models]
-        raise InputError(f"predict: {len(named)} models ({', '.join(named)}), expected one")
-    rest = [text for text in inputs if text not in models]
-    if not rest:
-        raise InputError(f"{models[0]}: a model without pictures, expected them behind it")
-    return rest, models[0]
 
 
 def _predict_pictures(

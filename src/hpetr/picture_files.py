@@ -15,9 +15,28 @@ from hpetr.data.images import load_image
 from hpetr.errors import InputError
 from hpetr.predictor import Predictor
 from hpetr.results import PoseResult, check_writable, write_bytes
+from hpetr.runtime import is_exported
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
+
+
+def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str], str | None]:
+    """The pictures and videos among the inputs, and the model: the option's, or the exported one among the inputs.
+
+    Raises:
+        InputError: more than one model, or none but the model among the inputs.
+    """
+    models = [text for text in inputs if is_exported(text)]
+    if not models:
+        return inputs, checkpoint
+    if len(models) > 1 or checkpoint is not None:
+        named = [*([checkpoint] if checkpoint else []), *models]
+        raise InputError(f"predict: {len(named)} models ({', '.join(named)}), expected one")
+    rest = [text for text in inputs if text not in models]
+    if not rest:
+        raise InputError(f"{models[0]}: a model without pictures, expected them behind it")
+    return rest, models[0]
 
 
 def find_pictures(inputs: Sequence[str]) -> list[Path]:
