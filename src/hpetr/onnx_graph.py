@@ -23,11 +23,10 @@ from hpetr.model.encoder import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.prior import PriorMaps
 from hpetr.program import FREE, TRACED, quiet, requiring_gradients, traced_sides
+from hpetr.runtime.description import INPUTS, OUTPUTS
 
 op: Any = opset18  # its types take no Python numbers
 OPSET = 18  # GridSample and LayerNormalization are in it, and runtimes of several years read it
-INPUTS = ("pixel_values", "pixel_mask")
-OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
 DIMENSIONS = {
     "pixel_values": ("batch", 3, "height", "width"),
     "pixel_mask": ("batch", "height", "width"),

@@ -12,7 +12,10 @@ from hpetr.pixels import MIN_BATCH_SIDE
 from hpetr.skeleton import Skeleton
 
 FORMAT = 1
-KEY = "hpetr"  # of the description in an ONNX file's metadata
+KEY = "hpetr"  # of the description in a file's metadata
+# Names of the network's tensors; `ModelDescription.to_json` has their types and shapes.
+INPUTS = ("pixel_values", "pixel_mask")
+OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from hpetr.errors import InputError
-from hpetr.runtime.description import KEY, ModelDescription
+from hpetr.runtime.description import INPUTS, KEY, OUTPUTS, ModelDescription
 
-INPUTS = ("pixel_values", "pixel_mask")
-OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
 ONNX, OPENVINO = ".onnx", ".xml"
 SUFFIXES = (ONNX, OPENVINO)
 
