@@ -40,13 +40,39 @@ def grid_of(prior: PriorMaps, valid: tuple[int, int] | None = None) -> Grid:
 def test_joints_snap_to_the_best_place_near_by(valid: tuple[int, int] | None) -> None:
     maps = prior_maps()
     maps.heat[0, 0, 10, 20], maps.offsets[0, :2, 10, 20] = 3.0, torch.tensor([0.25, -0.5])
-    maps.heat[0, 1, 10, 10 + REACH + 2] = 3.0  # out of reach
+    maps.heat[0, 1, 10, 10 + 2 * REACH + 2] = 3.0  # out of reach
     maps.heat[0, 2, 10, 14] = maps.heat[0, 2, 10, 18] = 1.0  # the nearer one counts
     height, width = valid or (HEIGHT, WIDTH)
     size = torch.tensor([width, height])
     pose = torch.tensor([[17.5, 12.5], [10.5, 10.5], [15.5, 10.5]]) / size
     found = maps.snap(pose[None, None], grid_of(maps, valid))[0, 0] * size
     torch.testing.assert_close(found, torch.tensor([[20.75, 10.0], [10.5, 10.5], [14.5, 10.5]]))
+
+
+def test_joints_of_large_people_snap_from_further_away() -> None:
+    """A clear peak 8 cells away outweighs a faint one beside the joint, if the person is large."""
+    maps = prior_maps()
+    maps.heat[0, 2, 10, 20], maps.heat[0, 2, 10, 12] = 3.0, -2.0
+    for reach, expected in ((4.0, 12.5), (20.0, 20.5)):
+        pose = torch.tensor([[4.5, 2.5], [4.5 + reach, 2.5 + reach], [4.5, 2.5]])
+        pose = (pose + torch.tensor([8.0, 8.0]))[None, None] / torch.tensor([WIDTH, HEIGHT])
+        found = maps.snap(pose, grid_of(maps))[0, 0, 2] * torch.tensor([WIDTH, HEIGHT])
+        torch.testing.assert_close(found, torch.tensor([expected, 10.5]))
+
+
+def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
+    maps = prior_maps()
+    maps.heat[0, 0, 11, 13], maps.heat[0, 0, 12, 14], maps.heat[0, 0, 11, 15] = (
+        1.0,
+        0.0,
+        0.5,
+    )  # the last is no neighbour
+    maps.offsets[0, 0, 12, 14] = -1.5
+    pose = torch.tensor([[13.5, 11.5]] * 3) / torch.tensor([WIDTH, HEIGHT])
+    found = maps.snap(pose[None, None], grid_of(maps))[0, 0, 0] * torch.tensor([WIDTH, HEIGHT])
+    first, second = torch.tensor([1.0, 0.0]).sigmoid()
+    places = first * torch.tensor([13.5, 11.5]) + second * torch.tensor([14.5 - 1.5, 12.5])
+    torch.testing.assert_close(found, places / (first + second))
 
 
 def test_poses_outside_the_picture_snap_to_its_edge_or_stay() -> None:

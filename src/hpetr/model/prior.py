@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 # The logit of a middle or a joint where nothing is known.
 FLOOR = math.log(0.01 / 0.99)
-# Snapping as MoveNet does it: the cell with the largest score / (distance + SOFTENING), in cells of the map, within
-# REACH cells; nothing below LEAST. On COCO train2017 pictures (long side 384) the poses of MoveNet's middles have AP
-# .185, snapped .300, with a reach of 5 cells .296; softenings of 1 to 4 and least scores up to .15 change .004.
-REACH, SOFTENING, LEAST = 7, 1.8, 0.05
+# A joint is where its heatmap, times a Gaussian about the place that the middle gives, is largest. The Gaussian's scale
+# is SPREAD half extents of the pose (geometric mean of width and height), at least LEAST_SPREAD cells of the map, and
+# the search ends REACH blocks of 2x2 cells away. Nothing below LEAST. MoveNet's own weight, 1 / (distance + 1.8 cells)
+# within 7 cells, loses the limbs of large people: with it the AP of the bundled model on 289 COCO train2017 pictures
+# (long side 448) was .373, with this it is .381; spreads of 0.8 and 0.9 give .381 and .378.
+SPREAD, LEAST_SPREAD, REACH, LEAST = 0.7, 4.0, 8, 0.05
 # A pose that repeats a likelier one loses up to so much of its logit, by a power of their OKS: neighbouring cells snap
 # to the same joints. Without it the AP of the untrained model on 90 development pictures is .261, with it .306.
 REPETITION, REPETITION_POWER = 6.0, 4
@@ -89,30 +91,60 @@ class PriorMaps:
 
         For use without gradient: a place is chosen, not weighed.
         """
-        batch, _, joints, _ = poses.shape
         height, width = self.heat.shape[-2:]
         size = grid.valid_ratios[:, :1] * torch.tensor([width, height], dtype=poses.dtype, device=poses.device)
-        places = (poses * size[:, None] - 0.5).transpose(1, 2)  # (B, K, Q, 2) in cells, 0 = the first one's centre
-        reach = torch.arange(-REACH, REACH + 1, device=poses.device)
-        # (B, K, Q, reach): columns and rows around every joint
-        columns, rows = (
-            (places[..., axis : axis + 1].round().long() + reach).clamp(0, side - 1)
-            for axis, side in ((0, width), (1, height))
-        )
-        dx, dy = columns - places[..., :1], rows - places[..., 1:]
-        distance = (dx.square()[..., None, :] + dy.square()[..., :, None]).sqrt().flatten(-2)  # (B, K, Q, n)
-        cells = (rows[..., :, None] * width + columns[..., None, :]).flatten(-2)
-        score = self.heat.float().sigmoid().flatten(2)  # (B, K, H * W)
-        near = score.gather(2, cells.flatten(2)).view_as(distance)
-        best = (near / (distance + SOFTENING)).argmax(-1, keepdim=True)  # (B, K, Q, 1)
-        cell = cells.gather(-1, best)[..., 0]  # (B, K, Q)
-        offsets = self.offsets.to(poses.dtype).view(batch, joints, 2, -1)
-        offset = offsets.gather(3, cell[:, :, None].expand(-1, -1, 2, -1)).transpose(2, 3)  # (B, K, Q, 2)
-        row = torch.div(cell, width, rounding_mode="floor")
-        column = cell - row * width  # an export has no remainder by a size
-        found = (torch.stack([column, row], -1) + 0.5 + offset).transpose(1, 2) / size[:, None]  # (B, Q, K, 2)
-        seen = score.gather(2, cell).transpose(1, 2)[..., None] > LEAST
+        places = poses * size[:, None]  # (B, Q, K, 2) in cells, 0 = the picture's edge
+        extent = places.amax(-2) - places.amin(-2)  # (B, Q, 2)
+        half = (extent[..., 0] * extent[..., 1]).sqrt() / 2
+        spread = (half * SPREAD).clamp(min=LEAST_SPREAD)[:, None, :, None]  # (B, 1, Q, 1)
+        score = self.heat.float().sigmoid()
+        row, column = self._best_cells(score, places.transpose(1, 2), spread)
+        found = self._mean_of_votes(score, row, column).transpose(1, 2) / size[:, None]  # (B, Q, K, 2)
+        seen = score.flatten(2).gather(2, row * width + column).transpose(1, 2)[..., None] > LEAST
         return torch.where(seen, found.to(poses.dtype), poses)
+
+    @staticmethod
+    def _best_cells(score: Tensor, places: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column (B, K, Q) of the cells of score (B, K, H, W) that fit places (B, K, Q, 2) best.
+
+        First the best block of 2x2 cells, then its best cell: a quarter of the places to weigh.
+        """
+        height, width = score.shape[-2:]
+        blocks = F.max_pool2d(score, 2, ceil_mode=True)
+        reach = torch.arange(-REACH, REACH + 1, device=score.device)
+        around, weights = [], []
+        for axis, side in ((0, blocks.shape[-1]), (1, blocks.shape[-2])):
+            place = places[..., axis : axis + 1] / 2
+            around.append((place.floor().long() + reach).clamp(0, side - 1))  # (B, K, Q, n)
+            weights.append((-((2 * (around[-1] + 0.5 - place) / spread) ** 2)).exp())
+        columns, rows = around
+        near = (rows[..., :, None] * blocks.shape[-1] + columns[..., None, :]).flatten(2)
+        fit = blocks.flatten(2).gather(2, near).view(*rows.shape, len(reach))  # (B, K, Q, n, n)
+        best = (fit * weights[0][..., None, :] * weights[1][..., None]).flatten(-2).argmax(-1, keepdim=True)
+        line = torch.div(best, len(reach), rounding_mode="floor")
+        row, column = rows.gather(-1, line), columns.gather(-1, best - line * len(reach))  # (B, K, Q, 1) of the block
+        inner = torch.arange(2, device=score.device)
+        row = (2 * row + inner.repeat_interleave(2)).clamp(max=height - 1)  # (B, K, Q, 4)
+        column = (2 * column + inner.repeat(2)).clamp(max=width - 1)
+        values = score.flatten(2).gather(2, (row * width + column).flatten(2)).view_as(row)
+        best = values.argmax(-1, keepdim=True)
+        return row.gather(-1, best)[..., 0], column.gather(-1, best)[..., 0]
+
+    def _mean_of_votes(self, score: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Places (B, K, Q, 2) in cells that a cell (B, K, Q) and its neighbours give by their offsets, by their scores.
+
+        AP75 on 200 train2017 pictures: the cell alone .388, with its neighbours .392.
+        """
+        batch, joints, height, width = score.shape
+        step = torch.arange(-1, 2, device=score.device)
+        rows = (row[..., None] + step.repeat_interleave(3)).clamp(0, height - 1)  # (B, K, Q, 9)
+        columns = (column[..., None] + step.repeat(3)).clamp(0, width - 1)
+        cells = (rows * width + columns).flatten(2)  # (B, K, Q * 9)
+        offsets = self.offsets.float().view(batch, joints, 2, -1)
+        offsets = offsets.gather(3, cells[:, :, None].expand(-1, -1, 2, -1)).view(batch, joints, 2, -1, 9)
+        votes = torch.stack([columns, rows], 2) + 0.5 + offsets  # (B, K, 2, Q, 9)
+        weights = score.flatten(2).gather(2, cells).view(batch, joints, 1, -1, 9)
+        return ((votes * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)).transpose(2, 3)
 
 
 class PosePrior(nn.Module):
