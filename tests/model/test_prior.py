@@ -62,11 +62,8 @@ def test_joints_of_large_people_snap_from_further_away() -> None:
 
 def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
     maps = prior_maps()
-    maps.heat[0, 0, 11, 13], maps.heat[0, 0, 12, 14], maps.heat[0, 0, 11, 15] = (
-        1.0,
-        0.0,
-        0.5,
-    )  # the last is no neighbour
+    maps.heat[0, 0, 11, 13], maps.heat[0, 0, 12, 14] = 1.0, 0.0
+    maps.heat[0, 0, 11, 15] = 0.5  # no neighbour
     maps.offsets[0, 0, 12, 14] = -1.5
     pose = torch.tensor([[13.5, 11.5]] * 3) / torch.tensor([WIDTH, HEIGHT])
     found = maps.snap(pose[None, None], grid_of(maps))[0, 0, 0] * torch.tensor([WIDTH, HEIGHT])
