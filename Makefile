@@ -16,7 +16,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatting and safe fixes"
-	@echo "make sanitize  the C kernel under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize  the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz    many more inputs for tests/fuzz than make test tries"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"

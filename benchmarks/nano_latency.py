@@ -19,6 +19,7 @@ import torch
 
 from hpetr.checkpoint import load_checkpoint
 from hpetr.data.images import load_image
+from hpetr.inference import keep_freed_memory
 from hpetr.predict import predict_batch
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command line does
     model, processor = load_checkpoint(None, "cpu")
     picture = cv2.resize(load_image(args.picture), (640, 480))
     encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()

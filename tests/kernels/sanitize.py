@@ -1,4 +1,4 @@
-"""The C kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer: one access outside a tensor ends them.
+"""The C kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: one access outside a tensor ends them.
 
     python tests/kernels/sanitize.py
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).with_name("test_deformable.py")
+TESTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("deformable", "separable")]
 # These start processes of their own, set another compiler, or reserve more address space than the sanitizer grants.
 LEFT_OUT = "process or compiler or compiles or cache or 31"
 
@@ -30,7 +30,7 @@ def main() -> int:
         }
         # -s: a captured report would die with the process
         options = ["-q", "-s", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
-        command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
+        command = [sys.executable, "-m", "pytest", *options, *map(str, TESTS)]
         code = subprocess.run(command, env=environment, check=False).returncode
         libraries = list(Path(cache).glob("*.so"))
         if not (len(libraries) == 1 and b"__asan_init" in libraries[0].read_bytes()):

@@ -1,4 +1,4 @@
-"""Deformable sampling in C: compiled once per user at first use, then two torch custom operators.
+"""The C kernels, compiled once per user at first use; and of them deformable sampling, as two torch custom operators.
 
 The operators compose with autograd, `torch.compile` and inference mode. They trust their caller,
 `hpetr.kernels.deformable_sampling`, to have checked shapes, dtypes and devices.
@@ -94,7 +94,7 @@ def _cached_library(compiler: list[str]) -> Path:
     parts = [*(path.read_text() for path in sources), *compiler, version, *_FLAGS, repr(_EXTRA_FLAGS), _cpu_model()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     directory = _cache_directory()
-    library = directory / f"deformable_cpu-{digest}.so"
+    library = directory / f"kernels_cpu-{digest}.so"
     if not library.exists():
         _compile(compiler, directory, library)
     return library
@@ -106,7 +106,8 @@ def _compile(compiler: list[str], directory: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as build:
         output = Path(build) / library.name
         for extra in _EXTRA_FLAGS:
-            command = [*compiler, *_FLAGS, *extra, str(_SOURCES / "deformable_cpu.c"), "-o", str(output)]
+            sources = [str(path) for path in sorted(_SOURCES.glob("*.c"))]
+            command = [*compiler, *_FLAGS, *extra, *sources, "-o", str(output)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode == 0:
                 os.replace(output, library)
@@ -136,6 +137,7 @@ def _load() -> ctypes.CDLL | None:
         getattr(library, f"hpetr_forward_{suffix}").argtypes = [ctypes.POINTER(_Problem), *[pointer] * 4]
     for suffix in ("f32", "f64"):
         getattr(library, f"hpetr_backward_{suffix}").argtypes = [ctypes.POINTER(_Problem), *[pointer] * 7]
+    library.hpetr_separable_f32.argtypes = [pointer] * 11
     return library
 
 
