@@ -93,7 +93,7 @@ def test_sampling_is_counted_by_its_formula() -> None:
     config = HPetrConfig.preset("h-petr-nano", encoder_layers=2, decoder_layers=1, joint_decoder_layers=1)
     config.num_queries, config.num_poses = 10, 5
     figures = count_flops(config, 3, 64, 64)
-    tokens = sum((64 // stride) ** 2 for stride in (8, 16, 32))
+    tokens = sum((64 // stride) ** 2 for stride in (8, 16, 32)[config.encoder_first_level :])
     points = config.num_feature_levels * config.d_model  # a level's point in all heads reads d_model channels
     assert config.num_feature_levels == 3
     assert figures["encoder"][1] == 2 * 3 * tokens * points * config.num_points * 8

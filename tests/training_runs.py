@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-coco" / "annotations.json"
 # What the published models have in the places where h-petr-nano differs.
 PUBLISHED_DESIGN = {
-    "pose_prior": False,
+    "pose_prior": 0,
+    "encoder_first_level": 0,
     "neck_norm": "group",
     "queries": "learned",
     "steps": "logit",

@@ -204,7 +204,7 @@ def pose_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
     queries = [trace.query_of(rank) for rank in ranks]
     stages = [trace.proposals, *trace.layers]
     view = around(trace, np.stack([stage[queries] for stage in stages]), margin=0.1)
-    figure, axes = panels(len(stages), 2, (view[3] - view[1]) / (view[2] - view[0]))
+    figure, axes = panels(len(stages), 3 if len(stages) % 2 else 2, (view[3] - view[1]) / (view[2] - view[0]))
     for number, (axis, stage) in enumerate(zip(axes, stages, strict=True)):
         show_picture(axis, trace, f"after layer {number}" if number else "proposals", view, dim=0.2)
         for rank, query in zip(ranks, queries, strict=True):
@@ -217,7 +217,7 @@ def pose_attention_figure(trace: Trace) -> Figure:
     query, joints = trace.query_of(0), colours(trace.skeleton.num_keypoints)
     stages = [trace.proposals, *trace.layers][: len(trace.points)]
     view = around(trace, np.stack([stage[query] for stage in stages]))
-    figure, axes = panels(len(stages), 3, (view[3] - view[1]) / (view[2] - view[0]))
+    figure, axes = panels(len(stages), min(len(stages), 3), (view[3] - view[1]) / (view[2] - view[0]))
     for number, (axis, pose) in enumerate(zip(axes, (stage[query] for stage in stages), strict=True)):
         show_picture(axis, trace, f"layer {number + 1}", view, dim=0.45)
         points, weights = trace.points[number, query], trace.weights[number, query]  # (M, L, K, 2), (M, L, K)

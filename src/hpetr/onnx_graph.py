@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hpetr.kernels import kept_as_operator
 from hpetr.model.encoder import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
-from hpetr.model.prior import PriorMaps
+from hpetr.model.prior import Prior
 from hpetr.program import FREE, TRACED, quiet, requiring_gradients, traced_sides
 from hpetr.runtime.description import INPUTS, OUTPUTS
 
@@ -47,22 +47,15 @@ class PicturesToTokens(nn.Module):
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
         """pixel_values (B, 3, H, W), pixel_mask (B, H, W) -> tokens and positions (B, S, D), centres (B, S, 2),
         valid_ratios and cells (B, L, 2), padding (B, S), of every level its padding (B, H_l, W_l), and where the model
-        has a prior, what it says of tokens, logits (B, S, C) and steps (B, S, 2 K), and its last two maps.
+        has a prior, what it says of tokens, logits (B, S, C) and steps (B, S, 2 K), and its maps of heat and offsets.
         """
         tokens, positions, grid = self.model.tokenize(pixel_values, pixel_mask == 0)
         assert grid.padding_mask is not None
         levels = grid.padding_mask.split([height * width for height, width in grid.spatial_shapes], 1)
         maps = [level.unflatten(1, shape) for level, shape in zip(levels, grid.spatial_shapes, strict=True)]
         if grid.prior is not None:
-            maps += [*grid.prior.of_tokens(grid.spatial_shapes), grid.prior.heat, grid.prior.offsets]
+            maps += [grid.prior.logits, grid.prior.steps, *grid.prior.heat, *grid.prior.offsets]
         return tokens, positions, grid.centres, grid.valid_ratios, grid.cells, grid.padding_mask, *maps
-
-
-class PriorOfTokens(PriorMaps):
-    """A prior's maps that come with what they say of the tokens, in the place of the maps which say it."""
-
-    def of_tokens(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        return self.middles, self.steps
 
 
 class TokensToPoses(nn.Module):
@@ -85,7 +78,10 @@ class TokensToPoses(nn.Module):
         """See `PicturesToTokens`; gives the tensors of `OUTPUTS`."""
         count = self.model.config.num_feature_levels
         shapes = [(level.shape[1], level.shape[2]) for level in maps[:count]]
-        prior = PriorOfTokens(*maps[count:]) if self.model.config.pose_prior else None
+        prior = None
+        if levels := self.model.config.pose_prior:
+            logits, steps, *rest = maps[count:]
+            prior = Prior(logits, steps, rest[:levels], rest[levels:])
         grid = Grid(shapes, padding, ratios, centres, cells, positions, prior)
         memory = self.model.encoder(tokens, positions, grid)
         _, predictions, _ = self.model.pose_decoder(memory, grid, one_to_many=False)
@@ -153,10 +149,12 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
     padding = torch.zeros(batch, count, dtype=torch.bool)
     free = [{0, 1}] * 3 + [{0}] * 2 + [{0, 1}] + [{0, 1, 2}] * levels
     if config.pose_prior:
-        between += ["prior_logits", "prior_steps", "prior_heat", "prior_offsets"]
+        priors = range(config.pose_prior)
+        between += ["prior_logits", "prior_steps"]
+        between += [f"prior_{name}_{i}" for name in ("heat", "offsets") for i in priors]
         maps += [torch.zeros(batch, count, size) for size in (len(config.id2label or {}), 2 * joints)]
-        maps += [torch.zeros(batch, size, 37, 53) for size in (joints, 2 * joints)]
-        free += [{0, 1}] * 2 + [{0, 2, 3}] * 2
+        maps += [torch.zeros(batch, size, 37 + 4 * i, 53 + 6 * i) for size in (joints, 2 * joints) for i in priors]
+        free += [{0, 1}] * 2 + [{0, 2, 3}] * (2 * config.pose_prior)
     with quiet(), requiring_gradients(model, False):
         sizes = {0: FREE, 2: sides[0], 3: sides[1]}, {0: FREE, 1: sides[0], 2: sides[1]}
         first = _convert(PicturesToTokens(model), pictures, sizes, INPUTS, between)

@@ -21,7 +21,7 @@ from hpetr.movenet_weights import movenet_state_dict, tensor_names
 from hpetr.pretrained import load_backbone_weights
 
 SMALL = {"d_model": 32, "num_heads": 4, "encoder_layers": 1, "num_queries": 20, "num_poses": 5, "num_feature_levels": 3}
-POSES = ["heads8", "stage5", "top"]
+POSES = ["heads8", "half_heads8", "top"]
 
 
 def backbone(features: list[str]) -> MoveNetBackbone:
@@ -56,6 +56,16 @@ def test_heads_at_stride_8_are_those_of_stride_4() -> None:
     for down in (0, 1):
         for right in (0, 1):
             torch.testing.assert_close(cells[:, down, right], finest[..., down::2, right::2])
+
+
+@torch.inference_mode()
+def test_half_maps_are_those_of_the_picture_at_half_its_size() -> None:
+    network = backbone(["heads4", "heads8", "half_heads4", "half_heads8"])
+    pixels = torch.randn(1, 3, 128, 192)
+    *_, finest, coarser = network(pixels).feature_maps
+    expected = network(F.avg_pool2d(pixels, 2)).feature_maps
+    torch.testing.assert_close(finest, expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coarser, expected[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("features", [["stage3", "stage5", "stage7"], ["fpn8", "stage5"], POSES])
@@ -107,8 +117,7 @@ def tflite_file(network: MoveNetBackbone) -> bytes:
         network.get_submodule(stage).register_forward_hook(lambda *_, lateral=lateral: order.append(lateral))
         for stage, lateral in laterals.items()
     ]
-    with torch.inference_mode():
-        network(torch.zeros(1, 3, 32, 32))
+    network(torch.zeros(1, 3, 32, 32))  # with gradients, so that every convolution is torch's
     for hook in hooks:
         hook.remove()
     order = list(dict.fromkeys(order))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,30 +12,41 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
 from hpetr.model.decoders import Proposals, half_extent
 from hpetr.model.encoder import Grid, make_grid
 from hpetr.model.movenet import HEADS, MoveNetBackbone, MoveNetConfig
-from hpetr.model.prior import FLOOR, REACH, PosePrior, PriorMaps
+from hpetr.model.prior import FLOOR, LOG_BORDER, REACH, PosePrior, Prior, PriorMaps
 
 HEIGHT, WIDTH = 24, 32  # cells of the prior: two for each token of the finest level
 
 
-def prior_maps(joints: int = 3) -> PriorMaps:
+SHAPES = [(12, 16), (6, 8)]  # of the levels' tokens
+
+
+def prior_maps(joints: int = 3, height: int = HEIGHT, width: int = WIDTH) -> PriorMaps:
     """Nothing seen anywhere."""
     return PriorMaps(
-        middles=torch.full((1, 1, HEIGHT, WIDTH), FLOOR),
-        steps=torch.zeros(1, 2 * joints, HEIGHT, WIDTH),
-        heat=torch.full((1, joints, HEIGHT, WIDTH), -20.0),
-        offsets=torch.zeros(1, 2 * joints, HEIGHT, WIDTH),
+        middles=torch.full((1, 1, height, width), FLOOR),
+        steps=torch.zeros(1, 2 * joints, height, width),
+        heat=torch.full((1, joints, height, width), -20.0),
+        offsets=torch.zeros(1, 2 * joints, height, width),
     )
 
 
-def grid_of(prior: PriorMaps, valid: tuple[int, int] | None = None) -> Grid:
+def grid_of(valid: tuple[int, int] | None = None) -> Grid:
     """Two levels of 12 x 16 and 6 x 8 tokens, of which `valid` (height, width in cells of the prior) are picture."""
-    maps = [torch.zeros(1, 8, HEIGHT // size, WIDTH // size) for size in (2, 4)]
+    maps = [torch.zeros(1, 8, *shape) for shape in SHAPES]
     if valid is None:
-        return make_grid(maps, None, None, prior)
+        return make_grid(maps, None)
     inside = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
     inside[:, : valid[0], : valid[1]] = True
     masks = [~inside[:, ::size, ::size] for size in (2, 4)]
-    return make_grid(maps, masks, torch.tensor([[valid[1] / WIDTH, valid[0] / HEIGHT]]), prior)
+    return make_grid(maps, masks, torch.tensor([[valid[1] / WIDTH, valid[0] / HEIGHT]]))
+
+
+def snapped(maps: PriorMaps, pose: Tensor, valid: tuple[int, int] | None = None) -> Tensor:
+    """A pose (K, 2) in cells of the finest level's maps, after it snapped to them."""
+    height, width = valid or (HEIGHT, WIDTH)
+    size = torch.tensor([width, height])
+    prior = Prior.of_maps([maps], SHAPES)
+    return prior.snap((pose / size)[None, None], torch.tensor([[0]]), grid_of(valid))[0, 0] * size
 
 
 @pytest.mark.parametrize("valid", [None, (20, 27)])
@@ -42,10 +55,7 @@ def test_joints_snap_to_the_best_place_near_by(valid: tuple[int, int] | None) ->
     maps.heat[0, 0, 10, 20], maps.offsets[0, :2, 10, 20] = 3.0, torch.tensor([0.25, -0.5])
     maps.heat[0, 1, 10, 10 + 2 * REACH + 2] = 3.0  # out of reach
     maps.heat[0, 2, 10, 14] = maps.heat[0, 2, 10, 18] = 1.0  # the nearer one counts
-    height, width = valid or (HEIGHT, WIDTH)
-    size = torch.tensor([width, height])
-    pose = torch.tensor([[17.5, 12.5], [10.5, 10.5], [15.5, 10.5]]) / size
-    found = maps.snap(pose[None, None], grid_of(maps, valid))[0, 0] * size
+    found = snapped(maps, torch.tensor([[17.5, 12.5], [10.5, 10.5], [15.5, 10.5]]), valid)
     torch.testing.assert_close(found, torch.tensor([[20.75, 10.0], [10.5, 10.5], [14.5, 10.5]]))
 
 
@@ -55,9 +65,7 @@ def test_joints_of_large_people_snap_from_further_away() -> None:
     maps.heat[0, 2, 10, 20], maps.heat[0, 2, 10, 12] = 3.0, -2.0
     for reach, expected in ((4.0, 12.5), (20.0, 20.5)):
         pose = torch.tensor([[4.5, 2.5], [4.5 + reach, 2.5 + reach], [4.5, 2.5]])
-        pose = (pose + torch.tensor([8.0, 8.0]))[None, None] / torch.tensor([WIDTH, HEIGHT])
-        found = maps.snap(pose, grid_of(maps))[0, 0, 2] * torch.tensor([WIDTH, HEIGHT])
-        torch.testing.assert_close(found, torch.tensor([expected, 10.5]))
+        torch.testing.assert_close(snapped(maps, pose + 8)[2], torch.tensor([expected, 10.5]))
 
 
 def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
@@ -65,8 +73,7 @@ def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
     maps.heat[0, 0, 11, 13], maps.heat[0, 0, 12, 14] = 1.0, 0.0
     maps.heat[0, 0, 11, 15] = 0.5  # no neighbour
     maps.offsets[0, 0, 12, 14] = -1.5
-    pose = torch.tensor([[13.5, 11.5]] * 3) / torch.tensor([WIDTH, HEIGHT])
-    found = maps.snap(pose[None, None], grid_of(maps))[0, 0, 0] * torch.tensor([WIDTH, HEIGHT])
+    found = snapped(maps, torch.tensor([[13.5, 11.5]] * 3))[0]
     first, second = torch.tensor([1.0, 0.0]).sigmoid()
     places = first * torch.tensor([13.5, 11.5]) + second * torch.tensor([14.5 - 1.5, 12.5])
     torch.testing.assert_close(found, places / (first + second))
@@ -75,17 +82,49 @@ def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
 def test_poses_outside_the_picture_snap_to_its_edge_or_stay() -> None:
     maps = prior_maps()
     maps.heat[0, 0, 0, 0] = 3.0
-    pose = torch.tensor([[-0.02, -0.02], [-3.0, 9.0], [1.5, 0.5]])
-    found = maps.snap(pose[None, None], grid_of(maps))[0, 0]
-    torch.testing.assert_close(found[0], torch.tensor([0.5 / WIDTH, 0.5 / HEIGHT]))
+    pose = torch.tensor([[-0.6, -0.5], [-90.0, 200.0], [48.0, 12.0]])
+    found = snapped(maps, pose)
+    torch.testing.assert_close(found[0], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(found[1:], pose[1:])
+
+
+def test_every_pose_snaps_to_the_maps_of_its_level() -> None:
+    """The same place, proposed by tokens of three levels, of which the last has no maps and reads the coarser ones."""
+    fine, coarse = prior_maps(), prior_maps(height=HEIGHT // 2, width=WIDTH // 2)
+    fine.heat[0, 0, 10, 12], fine.offsets[0, 0, 10, 12] = 3.0, 0.25
+    coarse.heat[0, 0, 6, 7], coarse.offsets[0, 1, 6, 7] = 3.0, -0.5
+    shapes = [*SHAPES, (3, 4)]
+    prior = Prior.of_maps([fine, coarse], shapes)
+    grid = make_grid([torch.zeros(1, 8, *shape) for shape in shapes], None)
+    pose = torch.tensor([[12.5, 11.5]] * 3) / torch.tensor([WIDTH, HEIGHT])
+    tokens = torch.tensor([[0, 12 * 16 - 1, 12 * 16, 12 * 16 + 6 * 8]])
+    found = prior.snap(pose.expand(1, 4, -1, -1), tokens, grid)[0, :, 0] * torch.tensor([WIDTH, HEIGHT])
+    torch.testing.assert_close(found, torch.tensor([[12.75, 10.5]] * 2 + [[15.0, 12.0]] * 2))
+
+
+def test_of_two_levels_the_one_that_knows_a_persons_size_claims_more() -> None:
+    """A person of equal middles in both levels' maps, small, of the size where both claim as much, and large."""
+    gaps = []
+    for size in (4.0, 2 * math.exp(LOG_BORDER), 160.0):  # sides in cells of the finer maps
+        levels = []
+        for scale in (1, 2):
+            maps = prior_maps(height=HEIGHT // scale, width=WIDTH // scale)
+            maps.middles[:] = 2.0
+            maps.steps[:, 2:4] = size / scale
+            levels.append(maps)
+        fine, coarse = Prior.of_maps(levels, SHAPES).logits[0, :, 0].split([12 * 16, 6 * 8])
+        gaps.append(float(fine[0] - coarse[0]))
+    assert gaps[0] > 2
+    assert abs(gaps[1]) < 1e-5
+    assert gaps[2] < -2
 
 
 def test_tokens_take_the_best_middle_and_lose_beside_a_better_one() -> None:
     maps = prior_maps()
     maps.middles[0, 0, 8, 8], maps.middles[0, 0, 9, 10] = 2.0, 1.0  # tokens (4, 4) and (4, 5)
     maps.steps[0, 0, 8:10, 8:10] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    logits, steps = maps.of_tokens([(12, 16), (6, 8)])
+    prior = Prior.of_maps([maps], SHAPES)
+    logits, steps = prior.logits, prior.steps
     assert logits.shape == (1, 12 * 16 + 6 * 8, 1)
     best = logits[0, :, 0].topk(2)
     assert best.indices.tolist() == [4 * 16 + 4, 4 * 16 + 5]
@@ -147,7 +186,7 @@ def test_half_extent_has_a_least() -> None:
 
 def test_padding_by_a_part_of_a_cell_moves_no_reference() -> None:
     """Of 27 of 32 cells 13.5 tokens are picture: whole tokens, as published, would stretch it by half a token."""
-    grid = grid_of(prior_maps(), (20, 27))
+    grid = grid_of((20, 27))
     torch.testing.assert_close(grid.cells[0, 0], torch.tensor([2 / 27, 2 / 20]))
     torch.testing.assert_close(grid.valid_ratios[0], torch.tensor([[27 / 32, 20 / 24]] * 2))
 
@@ -165,7 +204,10 @@ def test_nothing_is_claimed_before_training() -> None:
     [
         ({"steps": "pixels"}, "steps is 'pixels', expected logit or size"),
         ({"class_target": "iou"}, "class_target is 'iou', expected one or oks"),
-        ({"pose_prior": True}, "pose_prior with steps = 'logit' and queries = 'learned'"),
+        ({"pose_prior": 1}, "pose_prior with steps = 'logit' and queries = 'learned'"),
+        ({"pose_prior": True}, "pose_prior is True, expected a whole number"),
+        ({"pose_prior": 5}, "pose_prior = 5 with num_feature_levels = 4"),
+        ({"encoder_first_level": 4}, "encoder_first_level = 4 with num_feature_levels = 4"),
     ],
 )
 def test_bad_choices(overrides: dict, message: str) -> None:

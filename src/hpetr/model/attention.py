@@ -50,7 +50,7 @@ class DeformableAttention(nn.Module):
         """Memory (B, S, D) -> value (B, S, heads, D / heads), zero where `padding_mask` (B, S) is true."""
         value = self.value_proj(memory)
         if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0.0)
+            value = value.masked_fill_(padding_mask[..., None], 0.0)
         return value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D / M)
 
     def forward(

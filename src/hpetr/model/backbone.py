@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone
 
+from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
-from hpetr.model.prior import PosePrior, PriorMaps
+from hpetr.model.prior import PosePrior, Prior
 
 
 class TokenNorm(nn.LayerNorm):
@@ -107,7 +108,13 @@ class FeatureExtractor(nn.Module):
             # SwinBackbone normalises each output by itself and never uses this norm (3,072 parameters in Swin-L).
             self.body.swin.layernorm = nn.Identity()
         channels = list(self.body.channels)
-        self.prior = PosePrior(config, channels.pop(0)) if config.pose_prior else None
+        self.prior_levels = config.pose_prior
+        sources = [channels.pop(level) for level in range(self.prior_levels)]
+        if len(set(sources)) > 1:
+            raise InputError(
+                f"config: pose_prior = {self.prior_levels}, of maps with {sources} channels; expected equally many"
+            )
+        self.prior = PosePrior(config, sources[0]) if sources else None
         self.neck = Neck(channels, config.d_model, config.num_feature_levels, config.neck_norm)
         self.freeze_batch_norm = config.freeze_batch_norm
         if config.backbone_config.model_type == "resnet" and config.num_frozen_stages > 0:
@@ -149,18 +156,19 @@ class FeatureExtractor(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, padding: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor] | None, PriorMaps | None]:
+    ) -> tuple[list[Tensor], list[Tensor] | None, Prior | None]:
         """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the picture, to maps of every level.
 
         Returns:
-            Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and the prior's maps.
+            Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and what the prior says.
         """
         if padding is not None:
             # What lies in the padding must not reach the picture: the published pipeline pads with zeros.
             pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
         maps = self.body_maps(pixel_values)
-        prior = None if self.prior is None else self.prior(maps.pop(0))
+        prior_maps = [] if self.prior is None else [self.prior(maps.pop(level)) for level in range(self.prior_levels)]
         maps = self.neck(maps)
+        prior = Prior.of_maps(prior_maps, [(m.shape[-2], m.shape[-1]) for m in maps]) if prior_maps else None
         masks = None if padding is None else [nearest(padding, m.shape[-2], m.shape[-1]) for m in maps]
         return maps, masks, prior
 

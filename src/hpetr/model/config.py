@@ -26,7 +26,10 @@ SWIN_L: dict[str, Any] = {
     "drop_path_rate": 0.5,
     "out_features": ["stage2", "stage3", "stage4"],
 }
-MOVENET: dict[str, Any] = {"model_type": "movenet", "out_features": ["heads4", "heads8", "stage5", "top"]}
+MOVENET: dict[str, Any] = {
+    "model_type": "movenet",
+    "out_features": ["heads4", "heads8", "half_heads4", "half_heads8", "top"],
+}
 # One-to-many queries and wider FFNs are what the hybrid models add; their dropout is 0.
 HYBRID: dict[str, Any] = {
     "num_one_to_many_queries": 900,
@@ -52,13 +55,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "h-petr-nano": {
         "backbone_config": MOVENET,
         "num_frozen_stages": 0,
-        "pose_prior": True,
+        "pose_prior": 2,
         "neck_norm": "token",
         "queries": "proposals",
         "steps": "size",
         "d_model": 128,
         "num_feature_levels": 3,
         "encoder_layers": 1,
+        "encoder_first_level": 1,
+        "decoder_layers": 2,
+        "joint_decoder_layers": 1,
         "encoder_ffn_dim": 512,
         "decoder_ffn_dim": 512,
         "joint_decoder_ffn_dim": 512,
@@ -82,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 MOST, MOST_LAYERS = 65_536, 1_000
 # Of transformers, about what a call gives: no part of an architecture, and the neck needs feature maps by name.
 SWITCHES = ("return_dict", "output_hidden_states", "output_attentions", "dtype")
-MAY_BE_ZERO = {"num_frozen_stages", "num_one_to_many_queries"}
+MAY_BE_ZERO = {"num_frozen_stages", "num_one_to_many_queries", "pose_prior", "encoder_first_level"}
 # What the published models have comes first.
 CHOICES = {
     "neck_norm": ("group", "token"),
@@ -152,9 +158,12 @@ class HPetrConfig(PreTrainedConfig):
         skeleton: `Skeleton.to_dict()`; None takes COCO's for K = 17 and a generic one otherwise.
         d_model, num_heads, num_feature_levels: width, attention heads, feature levels (one more than the backbone
             gives adds a strided level).
+        encoder_first_level: the encoder leaves tokens of finer levels as the neck gives them, and reads them. Most
+            tokens are the finest level's; RT-DETR (Zhao et al. 2024) spares them likewise.
         num_points: points per head and level of plain deformable attention.
-        pose_prior: the backbone's first feature map, of half the next one's stride, goes to a `PosePrior` and not to
-            the neck: proposals start from what it says, and the pose decoder's poses from its heatmaps; needs steps =
+        pose_prior: how many of the finest levels have one: of the backbone's feature maps, one of half the level's
+            stride precedes the level's own, and goes to a `PosePrior` and not to the neck: proposals start from
+            what it says, and the pose decoder's poses from its heatmaps; needs steps =
             "size" and queries = "proposals". The heatmap loss is then that of its heatmaps.
         neck_norm: "group" as published, over whole maps; "token", a LayerNorm of each cell: what a map says of one cell
             then depends neither on the others nor on the padding.
@@ -191,9 +200,10 @@ class HPetrConfig(PreTrainedConfig):
     num_heads: int = 8
     num_feature_levels: int = 4
     num_points: int = 4
-    pose_prior: bool = False
+    pose_prior: int = 0
     neck_norm: str = "group"
     encoder_layers: int = 6
+    encoder_first_level: int = 0
     encoder_ffn_dim: int = 1024
     decoder_layers: int = 3
     decoder_ffn_dim: int = 1024
@@ -240,6 +250,11 @@ class HPetrConfig(PreTrainedConfig):
             raise InputError(
                 f"config: d_model = {self.d_model}, expected a multiple of 4 and of num_heads = {self.num_heads}"
             )
+        for name in ("pose_prior", "encoder_first_level"):
+            if getattr(self, name) > self.num_feature_levels - (name == "encoder_first_level"):
+                raise InputError(
+                    f"config: {name} = {getattr(self, name)} with num_feature_levels = {self.num_feature_levels}"
+                )
         if self.pose_prior and (self.steps, self.queries) != ("size", "proposals"):
             raise InputError(
                 f"config: pose_prior with steps = {self.steps!r} and queries = {self.queries!r}, expected 'size' and "

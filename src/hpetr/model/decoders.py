@@ -205,11 +205,9 @@ class PoseDecoder(nn.Module):
         logits, first_steps = outside_autocast(self.class_heads[-1], features), None
         first_logits = logits
         if grid.prior is not None:
-            first_logits, first_steps = grid.prior.of_tokens(grid.spatial_shapes)
-            first_logits = torch.where(valid, first_logits, FLOOR)
+            first_logits = torch.where(valid, grid.prior.logits, FLOOR)
             logits = logits + first_logits
-            # A token has two of the prior's cells a side.
-            first_steps = first_steps.masked_fill(~valid, 0.0) / 2
+            first_steps = grid.prior.steps.masked_fill(~valid, 0.0) / 2
         return Proposals(
             logits=logits,
             features=features,
@@ -264,7 +262,7 @@ class PoseDecoder(nn.Module):
             image = torch.arange(best.shape[0], device=best.device)[:, None]
             references = proposals.keypoints_at(image, best)
             if grid.prior is not None:
-                references = grid.prior.snap(references, grid)
+                references = grid.prior.snap(references, best, grid)
         if learned:
             position, x = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1).chunk(2, -1)
         else:

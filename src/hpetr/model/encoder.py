@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers
 from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
-from hpetr.model.prior import PriorMaps
+from hpetr.model.prior import Prior
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Grid:
     centres: Tensor
     cells: Tensor
     positions: Tensor
-    prior: PriorMaps | None = None
+    prior: Prior | None = None
 
     def scale_references(self, references: Tensor) -> Tensor:
         """References (B, Q, R, 2) of the unpadded picture -> (B, Q, L, R, 2) of every level's padded map."""
@@ -65,11 +65,13 @@ class Grid:
         )
 
 
-def sine_positions(mask: Tensor, features_per_axis: int) -> Tensor:
+def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False) -> Tensor:
     """Sine encoding of positions counted inside the picture, y first, then x.
 
     Args:
         mask: (B, H, W), true on padding.
+        shared: compute the first row and column alone, which stand for all others except on padding: a thirtieth of
+            the sines.
     Returns:
         (B, H * W, 2 * features_per_axis), sin and cos interleaved, temperature 10,000 (Carion et al. 2020, with
         mmdet's centre offset of -0.5).
@@ -77,9 +79,10 @@ def sine_positions(mask: Tensor, features_per_axis: int) -> Tensor:
     inside = (~mask).float()
     parts = []
     for axis in (1, 2):
-        count = inside.cumsum(axis)
+        count = (inside.narrow(3 - axis, 0, 1) if shared else inside).cumsum(axis)
         last = count[:, -1:] if axis == 1 else count[:, :, -1:]
-        parts.append(sine_encoding((count - 0.5) / (last + 1e-6), features_per_axis))  # (B, H, W, features)
+        encoding = sine_encoding((count - 0.5) / (last + 1e-6), features_per_axis)  # (B, H or 1, W or 1, features)
+        parts.append(encoding.expand(*mask.shape, -1))
     return torch.cat(parts, -1).flatten(1, 2)
 
 
@@ -94,7 +97,7 @@ def make_grid(
     maps: list[Tensor],
     masks: list[Tensor] | None,
     shares: Tensor | None = None,
-    prior: PriorMaps | None = None,
+    prior: Prior | None = None,
 ) -> Grid:
     """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l).
 
@@ -121,7 +124,8 @@ def make_grid(
         places = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)], -1).flatten(0, 1)
         centres.append(places / (ratios[-1] * size)[:, None])  # (B, H * W, 2)
         cells.append(1 / valid)
-        positions.append(sine_positions(mask, d_model // 2))
+        # The published models rank tokens on padding, too: theirs must have the published positions.
+        positions.append(sine_positions(mask, d_model // 2, shared=masks is None or shares is not None))
     padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
     batch = maps[0].shape[0]
     return Grid(
@@ -136,10 +140,14 @@ def make_grid(
 
 
 class Encoder(nn.Module):
-    """Deformable self-attention over all tokens; with one level it is the encoder of the heatmap branch."""
+    """Deformable self-attention over all tokens; with one level it is the encoder of the heatmap branch.
 
-    def __init__(self, config: HPetrConfig, num_layers: int, num_levels: int):
+    Tokens of levels finer than `first_level` are read by the others and stay as they are: most tokens are theirs.
+    """
+
+    def __init__(self, config: HPetrConfig, num_layers: int, num_levels: int, first_level: int = 0):
         super().__init__()
+        self.first_level = first_level
         self.layers = DeformableLayers(
             DeformableLayer(
                 config,
@@ -153,6 +161,9 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, grid: Grid) -> Tensor:
         """tokens (B, S, D), positions (B or 1, S, D) -> memory (B, S, D)."""
         references = grid.scale_references(grid.centres[:, :, None])  # (B, S, L, 1, 2)
+        start = sum(height * width for height, width in grid.spatial_shapes[: self.first_level])
+        positions, references = positions[:, start:], references[:, start:]
         for layer in self.layers:
-            tokens = layer(tokens, positions, references, tokens, grid.padding_mask, grid.spatial_shapes)
+            refined = layer(tokens[:, start:], positions, references, tokens, grid.padding_mask, grid.spatial_shapes)
+            tokens = torch.cat([tokens[:, :start], refined], 1) if self.first_level else refined
         return tokens

@@ -86,7 +86,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
         super().__init__(config)
         self.backbone = FeatureExtractor(config)
         self.level_embedding = nn.Embedding(config.num_feature_levels, config.d_model)
-        self.encoder = Encoder(config, config.encoder_layers, config.num_feature_levels)
+        self.encoder = Encoder(config, config.encoder_layers, config.num_feature_levels, config.encoder_first_level)
         self.pose_decoder = PoseDecoder(config)
         self.joint_decoder = JointDecoder(config)
         if self.has_heatmap_branch(config):
@@ -363,7 +363,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
             features = self.heatmap_encoder(tokens, torch.zeros_like(tokens[:1]), first)
             logits = self.heatmap_head(features).transpose(1, 2).unflatten(-1, (height, width))  # (B, K, H, W)
         else:
-            logits = grid.prior.heat
+            logits = grid.prior.heat[0]
             height, width = logits.shape[-2:]
             if padding is not None:
                 padding = padding.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]

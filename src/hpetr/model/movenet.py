@@ -17,6 +17,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
+from hpetr.kernels.separable import NOTHING, RELU, separable, takes
 from hpetr.model.efficientnet_lite import AlignedConv2d
 from hpetr.model.prior import PosePrior
 
@@ -48,9 +49,11 @@ MAPS = {
     "stage3": (8, 48),
     "fpn8": (8, 24),
     "heads8": (8, 4 * HEAD_CHANNELS),
+    "half_heads4": (8, HEAD_CHANNELS),
     "stage4": (16, 96),
     "stage5": (16, 144),
     "fpn16": (16, 32),
+    "half_heads8": (16, 4 * HEAD_CHANNELS),
     "stage6": (32, 240),
     "stage7": (32, 480),
     "top": (32, TOP_CHANNELS),
@@ -64,7 +67,9 @@ class MoveNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     `out_features` are names of `MAPS`, finest first: "stem" and "stage1" to "stage7" of the trunk, "top" (its last
     1x1 convolution), "fpn32" to "fpn4" of the pyramid, "heads4" (the pyramid's finest map and the heads' outputs) and
-    "heads8" (the same with each 2x2 of cells in one). What none of them needs is not built.
+    "heads8" (the same with each 2x2 of cells in one). "half_heads4" and "half_heads8" are "heads4" and "heads8" of the
+    picture at half its size: MoveNet learned people of up to 256 pixels, and finds large ones better there. What none
+    of them needs is not built.
     """
 
     model_type = "movenet"
@@ -96,6 +101,12 @@ def _cells_together(x: Tensor) -> Tensor:
     return cells.reshape(batch, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)
 
 
+def _padded(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) with zeros to the right and below, to multiples of 32."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % 32, 0, -height % 32)) if height % 32 or width % 32 else pixels
+
+
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3, project 1x1, with a residual where the shapes allow it."""
 
@@ -109,6 +120,8 @@ class InvertedResidual(nn.Module):
         self.activation = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.expand is not None and takes(x, self.expand, self.depthwise, self.project):
+            return separable(x, self.depthwise, self.project, expand=self.expand, residual=self.residual)
         y = x if self.expand is None else self.activation(self.expand(x))
         y = self.project(self.activation(self.depthwise(y)))
         return x + y if self.residual else y
@@ -123,6 +136,8 @@ class SeparableConv(nn.Module):
         self.pointwise = _conv(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes(x, self.depthwise, self.pointwise):
+            return separable(x, self.depthwise, self.pointwise, clamps=(NOTHING, RELU))
         return F.relu_(self.pointwise(self.depthwise(x)))
 
 
@@ -155,6 +170,9 @@ class Head(nn.Module):
         self.hidden = SeparableConv(PYRAMID[-1][2], HEAD_WIDTH)
         self.output = _conv(HEAD_WIDTH, outputs)
 
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+        return self.hidden.depthwise, self.hidden.pointwise, self.output
+
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.hidden(x))
 
@@ -173,7 +191,7 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
         super().__init__(config)
         self.num_features = [channels for _, channels in MAPS.values()]
         wanted = set(config.out_features)
-        heads = bool(wanted & {"heads4", "heads8"})
+        heads = any("heads" in name for name in wanted)
         levels = len(PYRAMID) if heads else max((FPN.index(name) + 1 for name in wanted & set(FPN)), default=0)
         top = levels > 0 or "top" in wanted
         depth = len(STAGES) if top else max((int(name[-1]) for name in wanted if name.startswith("stage")), default=0)
@@ -201,6 +219,32 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
             maps["top"] = self.activation(self.top(x))
         return maps
 
+    def _heads(self, finest: Tensor) -> Tensor:
+        """The pyramid's finest map (B, C, H, W) and all heads' outputs, scaled, one after the other."""
+        heads = cast("dict[str, Head]", dict(self.heads.items()))
+        if not takes(finest, *(conv for head in heads.values() for conv in head.convolutions())):
+            return torch.cat([finest, *(head(finest) * HEADS[name][1] for name, head in heads.items())], 1)
+        batch, channels, height, width = finest.shape
+        joined = finest.new_empty(batch, height, width, HEAD_CHANNELS)
+        joined[..., :channels] = finest.permute(0, 2, 3, 1)
+        for name, head in heads.items():
+            outputs, scale = HEADS[name]
+            depthwise, pointwise, output = head.convolutions()
+            slot = joined[..., channels : channels + outputs]
+            separable(finest, depthwise, pointwise, last=output, clamps=(NOTHING, RELU), scale=scale, out=slot)
+            channels += outputs
+        return joined.permute(0, 3, 1, 2)
+
+    def _maps(self, pixels: Tensor) -> dict[str, Tensor]:
+        """All maps of pixels (B, 3, H, W), of multiples of 32."""
+        maps = self._trunk(pixels)
+        if self.pyramid is not None:
+            maps |= self.pyramid(maps)
+        if len(self.heads):
+            maps["heads4"] = self._heads(maps["fpn4"])
+            maps["heads8"] = _cells_together(maps["heads4"])
+        return maps
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -210,23 +254,18 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
     ) -> BackboneOutput:
         """The maps of `config.out_features`; the other arguments are transformers' and have no effect here."""
         height, width = pixel_values.shape[-2:]
-        whole = height % 32 == 0 and width % 32 == 0
-        pixels = pixel_values if whole else F.pad(pixel_values, (0, -width % 32, 0, -height % 32))
-        maps = self._trunk(pixels.contiguous(memory_format=torch.channels_last))
-        if self.pyramid is not None:
-            maps |= self.pyramid(maps)
-        if len(self.heads):
-            finest = maps["fpn4"]
-            scaled = [cast(Head, head)(finest) * HEADS[name][1] for name, head in self.heads.items()]
-            maps["heads4"] = torch.cat([finest, *scaled], 1)
-            if "heads8" in self.out_features:
-                maps["heads8"] = _cells_together(maps["heads4"])
+        pixels = _padded(pixel_values.contiguous(memory_format=torch.channels_last))
+        maps = self._maps(pixels)
+        if any(name.startswith("half_") for name in self.out_features):
+            # The mean of each 2x2 pixels, in a third of avg_pool2d's time.
+            half = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", align_corners=False)
+            half_maps = self._maps(_padded(half))
+            maps |= {f"half_{name}": half_maps[name] for name in ("heads4", "heads8")}
         wanted = [maps[name] for name in self.out_features]
-        if not whole:
-            strides = [MAPS[name][0] for name in self.out_features]
-            # Not -(-height // s): an export's quotients of negative numbers are rounded to zero.
-            ends = [((height + s - 1) // s, (width + s - 1) // s) for s in strides]
-            wanted = [x[..., :h, :w] for x, (h, w) in zip(wanted, ends, strict=True)]
+        strides = [MAPS[name][0] for name in self.out_features]
+        # Not -(-height // s): an export's quotients of negative numbers are rounded to zero.
+        ends = [((height + s - 1) // s, (width + s - 1) // s) for s in strides]
+        wanted = [x[..., :h, :w] for x, (h, w) in zip(wanted, ends, strict=True)]
         return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
 
     @staticmethod
