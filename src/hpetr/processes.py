@@ -6,6 +6,7 @@ thing: it takes no process group and costs nothing.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,6 +37,14 @@ def join(*, training: bool = False) -> None:
         PartialState(cpu=not torch.cuda.is_available())
     else:
         distributed.init_process_group("gloo")
+        # gloo's threads otherwise live until the process dies, and where another process is gone first, they can end
+        # this one with "terminate called without an active exception" and exit code 134 after all work is done.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _grouped():
+        distributed.destroy_process_group()
 
 
 def count() -> int:
