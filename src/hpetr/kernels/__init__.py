@@ -1,4 +1,4 @@
-"""Kernels: one function, multi-scale deformable sampling, and the choice of its implementation.
+"""Kernels: multi-scale deformable sampling and the choice of its implementation; `separable.py` has convolutions in C.
 
 `reference.py` is plain torch and the definition of the result; `cpu.py` is C, `gpu.py` is Triton. An implementation for
 another device is a module of its own with the same function, and a few lines in `kernel_name`.

@@ -1,7 +1,7 @@
 """What a backbone that knows poses says by itself: where people's middles and joints are.
 
 A pose network of CenterNet's kind (Zhou et al. 2019, "Objects as Points") has a map of people's middles, the way from a
-middle to each joint, and a heatmap of each joint. `PosePrior` reads them off the backbone's finest map with one 1x1
+middle to each joint, and a heatmap of each joint. `PosePrior` reads them off the finest levels' maps with one 1x1
 convolution, so that a model starts from poses that are right and learns what is missing: who is one person, what is
 hidden, and the last pixels. The convolution is trained like any other; with a backbone that knows no poses, it starts
 from zeros and changes nothing until it has learned.
@@ -143,12 +143,11 @@ class Prior:
         Args:
             poses: (B, Q, K, 2), 1 = the unpadded picture. tokens: (B, Q) index of the token that proposed each.
         """
-        levels = len(self.heat)
-        last = sum(height * width for height, width in grid.spatial_shapes[:1])
+        levels, end = len(self.heat), 0
         level = torch.zeros_like(tokens)
-        for height, width in grid.spatial_shapes[1:levels]:
-            level = level + (tokens >= last)
-            last = last + height * width
+        for height, width in grid.spatial_shapes[: levels - 1]:
+            end = end + height * width
+            level = level + (tokens >= end)
         heat = _Stack.of(self.heat, level)
         sides = torch.stack([heat.width, heat.height], -1)[:, 0, :, 0]  # (B, Q, 2)
         ratios = grid.valid_ratios[:, :levels].gather(1, level[..., None].expand(-1, -1, 2))
@@ -241,7 +240,7 @@ class _Stack:
 
 
 class PosePrior(nn.Module):
-    """A 1x1 convolution from the backbone's finest map, of half the finest tokens' stride, to `PriorMaps`."""
+    """A 1x1 convolution from a map of the backbone, of half its level's stride, to `PriorMaps`; levels share it."""
 
     def __init__(self, config: HPetrConfig, channels: int):
         super().__init__()
