@@ -70,7 +70,7 @@ fuzz: $(INSTALLED_DEV)
 	HPETR_FUZZ=$(HPETR_FUZZ) OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz
 
 sanitize: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=2 $(BIN)/python tests/kernels/sanitize.py
+	OMP_NUM_THREADS=2 $(BIN)/python tests/model/ops/sanitize.py
 
 bench: $(INSTALLED)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset, open_dataset
-from hpetr.pixels import keep_ratio_size
-from hpetr.recipe import AugmentRecipe, DataSource, ProcessorRecipe
+from hpetr.images.pixels import keep_ratio_size
 from hpetr.training.data import EpochSampler, TrainingSet, build_transform
+from hpetr.training.recipe import AugmentRecipe, DataSource, ProcessorRecipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "tiny-coco" / "annotations.json"
 SMALL = AugmentRecipe.model_validate({"short_sides": {"from": 160, "to": 256}, "long_side": 256})

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hpetr.kernels import deformable_sampling, kernel_name
-from hpetr.kernels.reference import deformable_sampling_reference
+from hpetr.model.ops import deformable_sampling, kernel_name
+from hpetr.model.ops.reference import deformable_sampling_reference
 
 HEADS, POINTS = 8, 4
 SETTINGS = {

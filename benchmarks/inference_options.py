@@ -18,10 +18,10 @@ import time
 import torch
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.checkpoint import load_checkpoint
-from hpetr.inference import set_up_inference
-from hpetr.model.config import PRESETS
+from hpetr.checkpoints.folder import load_checkpoint
+from hpetr.inference.precision import set_up_inference
 from hpetr.model.hpetr import HPetrOutput
+from hpetr.model.presets import PRESETS
 
 
 def load(target: str | None, device: str) -> HPetrForPoseEstimation:

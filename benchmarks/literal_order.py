@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.inference import keep_freed_memory
-from hpetr.model.decoders import Predictions, inverse_sigmoid
+from hpetr.inference.precision import keep_freed_memory
+from hpetr.model.proposals import Predictions, inverse_sigmoid
 
 
 def literal_pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid) -> Predictions:

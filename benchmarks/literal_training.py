@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation
 from hpetr.model.attention import DeformableLayer
-from hpetr.model.decoders import inverse_sigmoid
-from hpetr.model.encoder import Grid
+from hpetr.model.grid import Grid
 from hpetr.model.losses import gaussian_radius
+from hpetr.model.proposals import inverse_sigmoid
 
 Label = dict[str, Tensor]
 Match = list[tuple[Tensor, Tensor]]  # for each picture, query and target indices

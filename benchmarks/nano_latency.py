@@ -17,10 +17,10 @@ from pathlib import Path
 import cv2
 import torch
 
-from hpetr.checkpoint import load_checkpoint
-from hpetr.data.images import load_image
-from hpetr.inference import keep_freed_memory
-from hpetr.predict import predict_batch
+from hpetr.checkpoints.folder import load_checkpoint
+from hpetr.images.read import load_image
+from hpetr.inference.precision import keep_freed_memory
+from hpetr.inference.torch_predictor import predict_batch
 
 ROOT = Path(__file__).parents[1]
 

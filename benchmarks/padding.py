@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hpetr.recipe import load_recipe
-from hpetr.train import open_training
 from hpetr.training.data import Draw, EpochSampler
+from hpetr.training.recipe import load_recipe
+from hpetr.training.train import open_training
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from hpetr import PosePredictor
-from hpetr.checkpoint import BUNDLED, load_checkpoint
-from hpetr.data.images import load_image
-from hpetr.export import export_model
-from hpetr.predictor import Predictor
+from hpetr.checkpoints.folder import BUNDLED, load_checkpoint
+from hpetr.export.write import export_model
+from hpetr.images.read import load_image
+from hpetr.poses.predictor import Predictor
 from hpetr.runtime import ExportedPredictor
 
 ROOT = Path(__file__).parents[1]

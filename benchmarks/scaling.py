@@ -40,8 +40,8 @@ from torch import Tensor
 
 import hpetr.model.hpetr as model_file
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.benchmark import END, NETWORK_STAGES, OTHER, Marks, count_flops, marked_network
-from hpetr.report import COLORS, INK
+from hpetr.evaluation.benchmark import END, NETWORK_STAGES, OTHER, Marks, count_flops, marked_network
+from hpetr.training.report import COLORS, INK
 from training_step import random_people
 
 COSTS, ASSIGNMENT, HEATMAP = "matching: costs", "matching: assignment", "heatmap branch"
@@ -416,7 +416,9 @@ def main() -> None:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # its processes begin with these imported, and no thread started
-        context.set_forkserver_preload(["hpetr.benchmark", "hpetr.report", "transformers.models.resnet"])
+        context.set_forkserver_preload(
+            ["hpetr.evaluation.benchmark", "hpetr.training.report", "transformers.models.resnet"]
+        )
     # Identical figures from identical numbers; text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "hpetr", "svg.fonttype": "none"})
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh:

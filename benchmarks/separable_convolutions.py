@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hpetr.checkpoint import load_checkpoint
-from hpetr.inference import keep_freed_memory
-from hpetr.model.movenet import MoveNetBackbone
+from hpetr.checkpoints.folder import load_checkpoint
+from hpetr.inference.precision import keep_freed_memory
+from hpetr.model.backbones.movenet import MoveNetBackbone
 
 
 def side_by_side(function: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def start(args: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
     """A server on a free port."""
-    command = [sys.executable, "-m", "hpetr.cli", "serve", "--port", "0", "--queue", str(args.queue)]
+    command = [sys.executable, "-m", "hpetr.cli.main", "serve", "--port", "0", "--queue", str(args.queue)]
     command += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

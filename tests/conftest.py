@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
-from hpetr.checkpoint import save_checkpoint
+from hpetr.checkpoints.folder import save_checkpoint
 from training_runs import PUBLISHED_DESIGN
 
 # With pytest-xdist every process would otherwise take all cores.

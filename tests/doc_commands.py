@@ -9,7 +9,6 @@ import shlex
 import tomllib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +16,11 @@ import typer
 from torch.distributed.run import get_args_parser as torchrun_parser
 from typer.testing import CliRunner
 
-from hpetr.cli import app
-from hpetr.recipe import load_recipe
+from hpetr.cli.main import app
 from hpetr.runtime.__main__ import main as run_exported
+from hpetr.training.recipe import load_recipe
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 # What a reader brings. A command that names it, itself or by its recipe, must get as far as to ask for it.
 READERS_OWN = re.compile(
     r"/path/to/|data/(coco|crowdpose)/|people\.json|resnet\w*\.safetensors|weights/resnet|\bzoo\b|runs/"
@@ -84,7 +83,7 @@ def all_commands() -> list[tuple[list[str], Any]]:
 def check_synopsis(command: str) -> None:
     """The command exists, and so do all the options that are named."""
     words = command.replace("[", " ").replace("]", " ").replace("|", " ").split()
-    words = words[words.index("hpetr.cli" if "hpetr.cli" in words else "hpetr") + 1 :]
+    words = words[words.index("hpetr.cli.main" if "hpetr.cli.main" in words else "hpetr") + 1 :]
     found, rest = find_command([word for word in words if word not in ("OPTIONS", "COMMAND")])
     known = {option for parameter in found.params for option in [*parameter.opts, *parameter.secondary_opts]}
     named = {word.rstrip(".,") for word in rest if re.match(r"--?[a-z]", word)}
@@ -116,7 +115,7 @@ def run_hpetr(words: list[str]) -> str:
 def _torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = torchrun_parser().parse_args(words)
     assert arguments.module
-    assert arguments.training_script == "hpetr.cli"
+    assert arguments.training_script == "hpetr.cli.main"
     parse(arguments.training_script_args)
 
 
@@ -132,7 +131,7 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if words[1] == "hpetr.runtime":
             assert run_exported(words[2:]) == 0
             return
-        assert words[1] == "hpetr.cli"
+        assert words[1] == "hpetr.cli.main"
         parse(words[2:])
         return
     script = ROOT / words[0]
@@ -211,7 +210,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run or parse a command; what `hpetr` printed."""
     if is_synopsis(command):
-        if "hpetr " in command or "hpetr.cli" in command:
+        if "hpetr " in command or "hpetr.cli.main" in command:
             check_synopsis(command)
         return ""
     program, *rest = split(command)

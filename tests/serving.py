@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
-from hpetr.checkpoint import save_checkpoint
+from hpetr.checkpoints.folder import save_checkpoint
 from training_runs import SMALL_MODEL
 
 SECONDS = 60.0  # until a process is given up
@@ -47,7 +47,7 @@ class ServerProcess:
     def __init__(self, *options: Any) -> None:
         self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hpetr.cli", "serve", "--port", "0", *map(str, options)],
+            [sys.executable, "-m", "hpetr.cli.main", "serve", "--port", "0", *map(str, options)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -15,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 from hpetr import InputError
-from hpetr.cli import app
+from hpetr.cli.main import app
 from hpetr.licenses import PackageLicense, installed_licenses, kind_of, to_look_at
-from hpetr.recipe import recipe_yaml
-from hpetr.train import train
+from hpetr.training.recipe import recipe_yaml
+from hpetr.training.train import train
+from paths import ROOT
 from training_runs import TINY, small_recipe
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "hpetr").rglob("*.py"))
 
 
@@ -111,7 +111,8 @@ try:
     socket.socket().connect(("127.0.0.1", 9))
 except ConnectionRefusedError:
     pass
-from hpetr.cli import app
+from hpetr.cli.main import app
+from paths import ROOT
 picture, data, recipe, checkpoint, output = sys.argv[1:]
 for command in (
     ["info"],

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from hpetr.recipe import Recipe, load_recipe
+from hpetr.training.recipe import Recipe, load_recipe
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-coco" / "annotations.json"
 # What the published models have in the places where h-petr-nano differs.
 PUBLISHED_DESIGN = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpetr.evaluate import coco_metrics, read_ground_truth
+from hpetr.evaluation.evaluate import coco_metrics, read_ground_truth
 from hpetr.runtime import ExportedPredictor
 
 

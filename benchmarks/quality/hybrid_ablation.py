@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from hpetr.recipe import load_recipe
+from hpetr.training.recipe import load_recipe
 
 K, QUERIES = 4, 100  # of `hybrid`
 
@@ -46,7 +46,7 @@ def train(recipe: Path, overrides: list[str], variant: str, seed: int, every: in
         options = {**load_recipe(recipe, overrides).model.options, **options_of(variant)}
         settings = [f"output={folder}", f"train.seed={seed}", f"train.eval_every={every}", f"train.save_every={every}"]
         settings.append(f"model.options={json.dumps(options)}")
-        command = [sys.executable, "-m", "hpetr.cli", "train", str(recipe), "--resume", *overrides, *settings]
+        command = [sys.executable, "-m", "hpetr.cli.main", "train", str(recipe), "--resume", *overrides, *settings]
         subprocess.run(command, check=True)
         done.touch()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from hpetr.checkpoint import load_checkpoint, save_checkpoint
+from hpetr.checkpoints.folder import load_checkpoint, save_checkpoint
 from hpetr.data.dataset import open_dataset
 
 BINS = 10

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 
 from hpetr import PosePredictor
-from hpetr.data.images import load_image
-from hpetr.draw import draw_poses
+from hpetr.images.read import load_image
+from hpetr.poses.draw import draw_poses
 
 ROOT = Path(__file__).parents[2]
 PICTURES = (14439, 183709, 329323, 361919)

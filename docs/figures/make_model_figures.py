@@ -25,8 +25,8 @@ from torch import Tensor
 
 from hpetr import PosePredictor, Skeleton
 from hpetr.data import load_image
-from hpetr.draw import person_color
-from hpetr.results import write_bytes
+from hpetr.images.files import write_bytes
+from hpetr.poses.draw import person_color
 
 WIDTH = 9.0  # inches of a figure
 BEST_PROPOSALS = 20

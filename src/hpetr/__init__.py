@@ -17,9 +17,9 @@ _PUBLIC = {
     "HPetrImageProcessor": "hpetr.model",
     "HPetrOutput": "hpetr.model",
     "InputError": "hpetr.errors",
-    "PosePredictor": "hpetr.predict",
-    "PoseResult": "hpetr.results",
-    "Skeleton": "hpetr.skeleton",
+    "PosePredictor": "hpetr.inference.torch_predictor",
+    "PoseResult": "hpetr.poses.result",
+    "Skeleton": "hpetr.poses.skeleton",
 }
 __all__ = [
     "HPetrConfig",
@@ -35,10 +35,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hpetr.errors import InputError
+    from hpetr.inference.torch_predictor import PosePredictor
     from hpetr.model import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, HPetrOutput
-    from hpetr.predict import PosePredictor
-    from hpetr.results import PoseResult
-    from hpetr.skeleton import Skeleton
+    from hpetr.poses.result import PoseResult
+    from hpetr.poses.skeleton import Skeleton
 
 
 def __getattr__(name: str) -> Any:

@@ -3,20 +3,19 @@
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hpetr.cli import app
+from hpetr.cli.main import app
 from hpetr.data import open_dataset
 from hpetr.data.check import check_dataset, equal_files, shared_pictures
 from hpetr.data.sigmas import estimate_sigmas
 from hpetr.errors import InputError
+from paths import TINY
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny-coco"
 NAMES = ["nose", "left_ear", "right_ear"]
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hpetr.data import CocoPoseDataset, load_annotations, open_dataset
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO, CROWDPOSE
+from hpetr.poses.skeleton import COCO, CROWDPOSE
 
 CONTENT = {
     "images": [

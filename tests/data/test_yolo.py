@@ -10,10 +10,10 @@ from hpetr.data import CocoPoseDataset, YoloPoseDataset, load_image, open_datase
 from hpetr.data.check import check_dataset
 from hpetr.data.yolo import label_file, picture_size, read_yolo
 from hpetr.errors import InputError
-from hpetr.evaluate import coco_metrics
-from hpetr.skeleton import COCO
+from hpetr.evaluation.evaluate import coco_metrics
+from hpetr.poses.skeleton import COCO
+from paths import TINY
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny-coco"
 CONFIG = {
     "path": ".",
     "train": "images/train",

@@ -17,7 +17,7 @@ from PIL import Image
 from hpetr.data import open_dataset
 from hpetr.data.check import check_dataset
 from hpetr.data.sigmas import estimate_sigmas
-from hpetr.evaluate import coco_metrics, crowdpose_metrics, protocol_of
+from hpetr.evaluation.evaluate import coco_metrics, crowdpose_metrics, protocol_of
 
 SIZE = (48, 32)
 NAMES = ["nose", "left_ear", "right_ear"]

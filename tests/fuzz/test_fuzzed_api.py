@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from test_fuzzed_pictures import FORMATS, encoded
 
 from hpetr import HPetrImageProcessor, PosePredictor
-from hpetr.checkpoint import save_checkpoint
+from hpetr.checkpoints.folder import save_checkpoint
 from hpetr.server.app import Service, create_app
 from hpetr.server.limits import Limits
 from tiny_model import tiny_model

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from mutations import inputs, mutated, mutated_bytes, success_or_one_line
 
 from hpetr import HPetrImageProcessor, PosePredictor
-from hpetr.checkpoint import CONFIG, PROCESSOR, WEIGHTS, load_config, save_checkpoint
-from hpetr.convert import read_official
+from hpetr.checkpoints.folder import CONFIG, PROCESSOR, WEIGHTS, load_config, save_checkpoint
+from hpetr.checkpoints.official import read_official
 from tiny_model import tiny_model
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)

@@ -15,8 +15,8 @@ from mutations import inputs, mutated_bytes, success_or_one_line
 from PIL import Image
 
 from hpetr import InputError
-from hpetr.data.images import load_image
 from hpetr.data.yolo import picture_size
+from hpetr.images.read import load_image
 
 FORMATS = {
     "jpg": {"quality": 80, "exif": True},

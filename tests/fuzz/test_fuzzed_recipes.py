@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import TEXTS, VALUES, inputs, mutated, mutated_bytes, success_or_one_line
 
-from hpetr.recipe import load_recipe, recipe_values, recipe_yaml
-from hpetr.train import prepare
+from hpetr.training.recipe import load_recipe, recipe_values, recipe_yaml
+from hpetr.training.train import prepare
 from training_runs import small_recipe
 
 RECIPE = recipe_values(small_recipe(Path("run"), "data.train.0.limit=2", "train.arguments.adam_beta1=0.9"))

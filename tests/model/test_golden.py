@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import torch
 
 import golden_inputs
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.convert import load_official, to_official
+from hpetr.checkpoints.official import load_official, to_official
+from paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = json.loads((GOLDEN / "official_keys.json").read_text())
 PARAMETERS = {  # counted on the official modules
     "petr-r50": 43_631_713,

@@ -105,7 +105,7 @@ def test_transformer_is_independent_of_padding() -> None:
 
     The convolutions see padding beyond the picture's border, as in the official code, so whole-network results move.
     """
-    from hpetr.model.encoder import make_grid
+    from hpetr.model.grid import make_grid
 
     model = small_model()
     generator = torch.Generator().manual_seed(0)

@@ -12,13 +12,13 @@ import torch
 from hpetr import HPetrImageProcessor, InputError
 from hpetr.data.augment import RandomHorizontalFlip, RandomResize
 from hpetr.data.dataset import CocoPoseDataset
+from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.losses import Matches, score_loss
 from hpetr.model.matching import make_targets
-from hpetr.predict import predict_batch
-from hpetr.recipe import DataSource
-from hpetr.skeleton import COCO
-from hpetr.train import prepare
+from hpetr.poses.skeleton import COCO
 from hpetr.training.data import Draw, TrainingSet
+from hpetr.training.recipe import DataSource
+from hpetr.training.train import prepare
 from tiny_model import people, tiny_model
 from training_runs import SMALL_MODEL, TINY, small_recipe
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hpetr.kernels.reference import deformable_sampling_reference
 from hpetr.model import attention, matching
+from hpetr.model.ops.reference import deformable_sampling_reference
 from tiny_model import TINY_SWIN, people, tiny_model
 
 SIZE = (64, 96)  # height, width

@@ -14,9 +14,9 @@ from hpetr.data.augment import (
 )
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import CocoPoseDataset, DatasetReport, PoseDataset, YoloPoseDataset, open_dataset
-from hpetr.data.images import load_image
-from hpetr.data.processor import HPetrImageProcessor
 from hpetr.data.sample import Sample
+from hpetr.images.read import load_image
+from hpetr.model.image_processor import HPetrImageProcessor
 
 __all__ = [
     "CocoPoseDataset",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpetr.errors import InputError
-from hpetr.skeleton import is_text
+from hpetr.poses.skeleton import is_text
 
 # The mean ratio of a COCO person's segmented area to that of the box; the scale of OKS when a file gives no area.
 AREA_OF_BOX = 0.53

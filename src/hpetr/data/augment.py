@@ -14,7 +14,7 @@ import numpy as np
 
 from hpetr.data.sample import Sample, move_labels
 from hpetr.errors import InputError
-from hpetr.pixels import IMAGENET_MEAN, keep_ratio_size, resize_image
+from hpetr.images.pixels import IMAGENET_MEAN, keep_ratio_size, resize_image
 
 # OpenCV's warps index pixels with 16-bit integers.
 _MAX_WARP_SIDE = 32766

@@ -27,7 +27,7 @@ from hpetr.data.dataset import (
 )
 from hpetr.data.yolo import read_yolo
 from hpetr.errors import InputError
-from hpetr.skeleton import FALLBACK_SIGMA, known_skeleton, unpaired_sides
+from hpetr.poses.skeleton import FALLBACK_SIGMA, known_skeleton, unpaired_sides
 
 Level = Literal["error", "warning", "note"]
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]

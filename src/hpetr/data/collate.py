@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from hpetr.data.processor import HPetrImageProcessor
 from hpetr.data.sample import Sample
-from hpetr.pixels import IMAGENET_MEAN, IMAGENET_STD, batch_side
+from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, batch_side
+from hpetr.model.image_processor import HPetrImageProcessor
 
 
 @dataclass(frozen=True)

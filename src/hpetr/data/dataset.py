@@ -13,11 +13,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from hpetr.data.annotations import PoseAnnotations, Problem, raise_first, read_annotations, read_json
-from hpetr.data.images import load_image
 from hpetr.data.sample import Sample
 from hpetr.data.yolo import coco_form, read_yolo
 from hpetr.errors import InputError
-from hpetr.skeleton import Skeleton
+from hpetr.images.read import load_image
+from hpetr.poses.skeleton import Skeleton
 
 # What a folder may hold, in the order of the search.
 SOURCE_NAMES = ("annotations.json", "data.yaml")

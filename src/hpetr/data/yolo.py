@@ -14,9 +14,9 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from hpetr.data.annotations import AREA_OF_BOX, ImageRecord, PoseAnnotations, ProblemLog, RowCheck, short
-from hpetr.data.images import load_image
 from hpetr.errors import InputError
-from hpetr.skeleton import COCO, is_text
+from hpetr.images.read import load_image
+from hpetr.poses.skeleton import COCO, is_text
 
 SPLITS = ("train", "val", "test")
 # A coordinate this far outside 0..1 is in pixels or of another format; one that is nearer overhangs the picture.
@@ -265,7 +265,7 @@ def list_pictures(config: YoloConfig, split: str) -> list[str]:
 
 
 def _pictures_under(folder: str) -> list[str]:
-    from hpetr.picture_files import PICTURE_SUFFIXES  # that module imports this package
+    from hpetr.images.read import PICTURE_SUFFIXES  # that module imports this package
 
     found = []
     for parent, _, names in os.walk(folder, followlinks=True):

@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForKeypointDetection
 
-from hpetr.data.processor import HPetrImageProcessor
+from hpetr.model import backbones  # noqa: F401 (registers them)
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation, HPetrOutput
+from hpetr.model.image_processor import HPetrImageProcessor
 
 AutoConfig.register(HPetrConfig.model_type, HPetrConfig, exist_ok=True)
 AutoModelForKeypointDetection.register(HPetrConfig, HPetrForPoseEstimation, exist_ok=True)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hpetr.kernels import deformable_sampling
 from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
+from hpetr.model.ops import deformable_sampling
 
 
 def softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:

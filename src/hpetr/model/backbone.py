@@ -13,7 +13,8 @@ from transformers import AutoBackbone
 from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
 from hpetr.model.host import to_device
-from hpetr.model.prior import PosePrior, Prior
+from hpetr.model.nano.prior import PosePrior, Prior
+from hpetr.model.nano.settings import NanoSettings
 
 
 class TokenNorm(nn.LayerNorm):
@@ -115,6 +116,7 @@ class FeatureExtractor(nn.Module):
                 f"config: pose_prior = {self.prior_levels}, of maps with {sources} channels; expected equally many"
             )
         self.prior = PosePrior(config, sources[0]) if sources else None
+        self.prior_settings = NanoSettings(**config.nano)
         self.neck = Neck(channels, config.d_model, config.num_feature_levels, config.neck_norm)
         self.freeze_batch_norm = config.freeze_batch_norm
         if config.backbone_config.model_type == "resnet" and config.num_frozen_stages > 0:
@@ -168,7 +170,8 @@ class FeatureExtractor(nn.Module):
         maps = self.body_maps(pixel_values)
         prior_maps = [] if self.prior is None else [self.prior(maps.pop(level)) for level in range(self.prior_levels)]
         maps = self.neck(maps)
-        prior = Prior.of_maps(prior_maps, [(m.shape[-2], m.shape[-1]) for m in maps]) if prior_maps else None
+        shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
+        prior = Prior.from_maps(prior_maps, shapes, self.prior_settings) if prior_maps else None
         masks = None if padding is None else [nearest(padding, m.shape[-2], m.shape[-1]) for m in maps]
         return maps, masks, prior
 

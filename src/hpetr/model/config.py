@@ -4,85 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from hpetr.errors import InputError, suggestion
-from hpetr.skeleton import COCO, CROWDPOSE, Skeleton
-
-RESNET_50: dict[str, Any] = {
-    "model_type": "resnet",
-    "depths": [3, 4, 6, 3],
-    "out_features": ["stage2", "stage3", "stage4"],
-}
-RESNET_101: dict[str, Any] = {**RESNET_50, "depths": [3, 4, 23, 3]}
-SWIN_L: dict[str, Any] = {
-    "model_type": "swin",
-    "embed_dim": 192,
-    "depths": [2, 2, 18, 2],
-    "num_heads": [6, 12, 24, 48],
-    "window_size": 7,
-    "drop_path_rate": 0.5,
-    "out_features": ["stage2", "stage3", "stage4"],
-}
-MOVENET: dict[str, Any] = {
-    "model_type": "movenet",
-    "out_features": ["heads4", "heads8", "half_heads4", "half_heads8", "top"],
-}
-# One-to-many queries and wider FFNs are what the hybrid models add; their dropout is 0.
-HYBRID: dict[str, Any] = {
-    "num_one_to_many_queries": 900,
-    "decoder_ffn_dim": 2048,
-    "joint_decoder_ffn_dim": 2048,
-    "dropout": 0.0,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "petr-r50": {"backbone_config": RESNET_50},
-    "petr-r101": {"backbone_config": RESNET_101},
-    "petr-swin-l": {"backbone_config": SWIN_L},
-    "h-petr-r50": {"backbone_config": RESNET_50, **HYBRID},
-    # The published h-petr-r101 keeps the joint decoder's FFN at 1024.
-    "h-petr-r101": {"backbone_config": RESNET_101, **HYBRID, "joint_decoder_ffn_dim": 1024},
-    "h-petr-swin-l": {"backbone_config": SWIN_L, **HYBRID},
-    "petr-swin-l-crowdpose": {
-        "backbone_config": {**SWIN_L, "drop_path_rate": 0.3},
-        "num_keypoints": CROWDPOSE.num_keypoints,
-        "skeleton": CROWDPOSE.to_dict(),
-        "decoder_layers": 6,
-        "joint_decoder_layers": 3,
-    },
-    "h-petr-nano": {
-        "backbone_config": MOVENET,
-        "num_frozen_stages": 0,
-        "pose_prior": 2,
-        "neck_norm": "token",
-        "queries": "proposals",
-        "steps": "size",
-        "d_model": 128,
-        "num_feature_levels": 3,
-        "encoder_layers": 1,
-        "encoder_first_level": 1,
-        "decoder_layers": 2,
-        "joint_decoder_layers": 1,
-        "encoder_ffn_dim": 512,
-        "decoder_ffn_dim": 512,
-        "joint_decoder_ffn_dim": 512,
-        "keypoint_head_dim": 256,
-        "num_queries": 60,
-        "num_one_to_many_queries": 100,
-        "one_to_many_k": 4,
-        "num_poses": 30,
-        "dropout": 0.0,
-        "deformable_dropout": 0.0,
-        "class_target": "oks",
-        "oks_loss": "linear",
-        "loss_oks": 6.0,
-        "loss_joint_oks": 10.0,
-        "loss_heatmap": 1.0,
-    },
-}
-
+from hpetr.model.nano.settings import NanoSettings
+from hpetr.model.presets import PRESETS, RESNET_50
+from hpetr.poses.skeleton import COCO, Skeleton
 
 # Beyond every model that somebody will train, and low enough that a wrong number is told before it takes all memory.
 MOST, MOST_LAYERS = 65_536, 1_000
@@ -143,6 +73,19 @@ def _backbone(values: Any) -> PreTrainedConfig:
     except Exception as error:  # each configuration checks its values in its own way
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         raise InputError(f"config: backbone_config: {reason[:300]}") from error
+
+
+def _nano_settings(values: Any) -> dict[str, Any]:
+    """Return all fields of `NanoSettings`, the given ones replaced; else InputError."""
+    known = asdict(NanoSettings())
+    for name, value in (values or {}).items():
+        if name not in known:
+            hint = suggestion(name, known, "expected a field of NanoSettings")
+            raise InputError(f"config: nano: unknown field {name!r}, {hint}")
+        kind = type(known[name])
+        if type(value) is not kind or not 0 < value < math.inf:
+            raise InputError(f"config: nano.{name} is {value!r}, expected a positive {kind.__name__}")
+    return known | (values or {})
 
 
 class HPetrConfig(PreTrainedConfig):
@@ -212,6 +155,7 @@ class HPetrConfig(PreTrainedConfig):
     keypoint_head_dim: int = 512
     queries: str = "learned"
     steps: str = "logit"
+    nano: Any = None  # None or a dict, after __post_init__ always all fields of NanoSettings
     num_queries: int = 300
     num_one_to_many_queries: int = 0
     one_to_many_k: int = 5
@@ -234,9 +178,6 @@ class HPetrConfig(PreTrainedConfig):
     loss_keypoint_score: float = 1.0
 
     def __post_init__(self, **kwargs):
-        # Registers our own backbones with the Auto classes before a sub-config may name one.
-        from hpetr.model import efficientnet_lite, movenet  # noqa: F401
-
         check_numbers({name: getattr(self, name) for name in HPetrConfig.__annotations__})
         self.backbone_config = _backbone(RESNET_50 if self.backbone_config is None else self.backbone_config)
         if self.skeleton is None:
@@ -260,6 +201,7 @@ class HPetrConfig(PreTrainedConfig):
                 f"config: pose_prior with steps = {self.steps!r} and queries = {self.queries!r}, expected 'size' and "
                 "'proposals'"
             )
+        self.nano = _nano_settings(self.nano)
         labels_wanted = kwargs.get("num_labels") or 1
         _check_whole("num_labels", labels_wanted, 1, MOST)
         if self.id2label is None:

@@ -1,142 +1,13 @@
-"""Feature maps to tokens, and the deformable encoder over them."""
+"""The deformable encoder."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hpetr.model.attention import DeformableAttention, DeformableLayer, DeformableLayers
 from hpetr.model.config import HPetrConfig
-from hpetr.model.host import to_device
-from hpetr.model.prior import Prior
-
-
-@dataclass
-class Grid:
-    """Where the tokens of a batch lie: what every deformable attention needs to know besides the features.
-
-    Float32 at least, whatever the features' dtype: half-precision coordinates miss their cell.
-
-    Attributes:
-        spatial_shapes: (H_l, W_l) of every level; S = sum of their products.
-        padding_mask: (B, S), true on padding; None when no picture is padded.
-        valid_ratios: (B, L, 2) share of each level's width and height that is picture.
-        centres: (B, S, 2) x, y of every token's centre, 1 = the *unpadded* picture's width and height.
-        cells: (B, L, 2) width and height of each level's cells, likewise.
-        positions: (B, S, D) sine position encoding; (1, S, D) without padding.
-        prior: what the backbone says of poses by itself, where the model has a `PosePrior`.
-    """
-
-    spatial_shapes: list[tuple[int, int]]
-    padding_mask: Tensor | None
-    valid_ratios: Tensor
-    centres: Tensor
-    cells: Tensor
-    positions: Tensor
-    prior: Prior | None = None
-
-    def scale_references(self, references: Tensor) -> Tensor:
-        """References (B, Q, R, 2) of the unpadded picture -> (B, Q, L, R, 2) of every level's padded map."""
-        if self.padding_mask is None:
-            return references[:, :, None].expand(-1, -1, len(self.spatial_shapes), -1, -1)
-        return references[:, :, None] * self.valid_ratios[:, None, :, None]
-
-    def cells_of_tokens(self) -> Tensor:
-        """(B, S, 2) width and height of every token's cell."""
-        counts = [height * width for height, width in self.spatial_shapes]
-        return torch.cat(
-            [cell[:, None].expand(-1, n, -1) for cell, n in zip(self.cells.unbind(1), counts, strict=True)], 1
-        )
-
-    def first_level(self) -> Grid:
-        """The grid of the finest level alone, for the heatmap branch."""
-        height, width = self.spatial_shapes[0]
-        size = height * width
-        return Grid(
-            spatial_shapes=self.spatial_shapes[:1],
-            padding_mask=None if self.padding_mask is None else self.padding_mask[:, :size],
-            valid_ratios=self.valid_ratios[:, :1],
-            centres=self.centres[:, :size],
-            cells=self.cells[:, :1],
-            positions=self.positions[:, :size],
-        )
-
-
-def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False) -> Tensor:
-    """Sine encoding of positions counted inside the picture, y first, then x.
-
-    Args:
-        mask: (B, H, W), true on padding.
-        shared: compute the first row and column alone, which stand for all others except on padding: a thirtieth of
-            the sines.
-    Returns:
-        (B, H * W, 2 * features_per_axis), sin and cos interleaved, temperature 10,000 (Carion et al. 2020, with
-        mmdet's centre offset of -0.5).
-    """
-    inside = (~mask).float()
-    parts = []
-    for axis in (1, 2):
-        count = (inside.narrow(3 - axis, 0, 1) if shared else inside).cumsum(axis)
-        last = count[:, -1:] if axis == 1 else count[:, :, -1:]
-        encoding = sine_encoding((count - 0.5) / (last + 1e-6), features_per_axis)  # (B, H or 1, W or 1, features)
-        parts.append(encoding.expand(*mask.shape, -1))
-    return torch.cat(parts, -1).flatten(1, 2)
-
-
-def sine_encoding(x: Tensor, features: int) -> Tensor:
-    """Sines and cosines, interleaved, of shares (...) of a side, 0 to 1: (..., features), from whole turns down."""
-    exponent = torch.arange(features, device=x.device) // 2 * 2 / features
-    angle = (x * (2 * math.pi))[..., None] / 10000.0**exponent
-    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)
-
-
-def make_grid(
-    maps: list[Tensor],
-    masks: list[Tensor] | None,
-    shares: Tensor | None = None,
-    prior: Prior | None = None,
-) -> Grid:
-    """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l).
-
-    Args:
-        shares: (B, 2) share of the padded width and height that is picture. None counts whole cells of every level, as
-            published: an edge within a cell is then up to half a cell off.
-        prior: goes into the grid as it is.
-    """
-    d_model, device = maps[0].shape[1], maps[0].device
-    dtype = torch.promote_types(maps[0].dtype, torch.float32)
-    shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
-    ratios, centres, cells, positions = [], [], [], []
-    for level, (height, width) in enumerate(shapes):
-        # Without padding every picture of the batch has the same grid: one row serves all.
-        mask = torch.zeros(1, height, width, dtype=torch.bool, device=device) if masks is None else masks[level]
-        size = to_device(torch.tensor([width, height], dtype=torch.float32), device)
-        if shares is None or masks is None:
-            valid = torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()  # (B, 2) width, height
-        else:
-            valid = shares * size
-        ratios.append(valid / size)
-        xs = torch.arange(width, device=device) + 0.5
-        ys = torch.arange(height, device=device) + 0.5
-        places = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)], -1).flatten(0, 1)
-        centres.append(places / (ratios[-1] * size)[:, None])  # (B, H * W, 2)
-        cells.append(1 / valid)
-        # The published models rank tokens on padding, too: theirs must have the published positions.
-        positions.append(sine_positions(mask, d_model // 2, shared=masks is None or shares is not None))
-    padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
-    batch = maps[0].shape[0]
-    return Grid(
-        spatial_shapes=shapes,
-        padding_mask=padding,
-        valid_ratios=torch.stack(ratios, 1).to(dtype).expand(batch, -1, -1),
-        centres=torch.cat(centres, 1).to(dtype).expand(batch, -1, -1),
-        cells=torch.stack(cells, 1).to(dtype).expand(batch, -1, -1),
-        positions=torch.cat(positions, 1).to(dtype),
-        prior=prior,
-    )
+from hpetr.model.grid import Grid
 
 
 class Encoder(nn.Module):
@@ -160,7 +31,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, grid: Grid) -> Tensor:
         """tokens (B, S, D), positions (B or 1, S, D) -> memory (B, S, D)."""
-        references = grid.scale_references(grid.centres[:, :, None])  # (B, S, L, 1, 2)
+        references = grid.scale_references(grid.centers[:, :, None])  # (B, S, L, 1, 2)
         start = sum(height * width for height, width in grid.spatial_shapes[: self.first_level])
         positions, references = positions[:, start:], references[:, start:]
         for layer in self.layers:

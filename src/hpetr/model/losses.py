@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpetr.model.config import HPetrConfig
-from hpetr.model.decoders import Predictions, Proposals
+from hpetr.model.groups import Assignment, Hungarian, QueryGroup
 from hpetr.model.host import to_device
 from hpetr.model.matching import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
-    Assignment,
     Matches,
+    PendingAssignments,
     Targets,
     at_least_float32,
     keypoint_similarity,
     object_keypoint_similarity,
     pose_cost,
 )
+from hpetr.model.proposals import Predictions, Proposals
 
 
 def mean_over_processes(counts: Tensor) -> Tensor:
@@ -53,45 +55,47 @@ class Matching:
 def start_matching(
     proposals: Predictions,
     layers: Predictions,
-    groups: list[int],
+    groups: Sequence[QueryGroup],
+    sizes: list[int],
     targets: Targets,
     config: HPetrConfig,
     sigmas: Tensor,
-) -> Assignment:
-    """Costs of proposals, and of every pose-decoder layer's groups, on their way to the host.
+) -> PendingAssignments:
+    """Start the assignment of the proposals and of every pose-decoder layer's groups.
 
     Args:
         proposals: of all tokens, (B, S, ...).
-        layers: (layers, B, Q, ...), the one-to-one queries first.
-        groups: sizes of the query groups: one-to-one, and one-to-many if there are any.
+        layers: (layers, B, Q, ...), one group after the other.
+        groups: the query groups.
+        sizes: their numbers of queries.
     """
     depth = len(layers.logits)
     costs = [pose_cost(proposals, targets, config, sigmas)]
-    layer_costs = pose_cost(layers, targets, config, sigmas).split(groups, 2)  # a (layers, B, Q_g, n) each
+    layer_costs = pose_cost(layers, targets, config, sigmas).split(sizes, 2)  # a (layers, B, Q_g, n) each
     costs += [group[i] for i in range(depth) for group in layer_costs]
-    repeats = [config.proposal_k] + [1, config.one_to_many_k][: len(groups)] * depth
-    return Assignment(costs, targets.counts, repeats)
+    rules: list[Assignment] = [Hungarian(config.proposal_k), *[group.assignment for group in groups] * depth]
+    return PendingAssignments(costs, targets.counts, rules)
 
 
-def finish_matching(assignment: Assignment, groups: list[int], device: torch.device) -> Matching:
-    """Wait for the costs, match, and send the pairs to the device in one copy."""
-    proposal_pairs, *layer_pairs = assignment.solve()  # (3, m) each: image, query, target
+def finish_matching(pending: PendingAssignments, sizes: list[int], device: torch.device) -> Matching:
+    """Wait for the assignments, and send the pairs to the device in one copy."""
+    proposal_pairs, *layer_pairs = pending.solve()  # (3, m) each: image, query, target
     for part, pairs in enumerate(layer_pairs):
-        pairs[1] += sum(groups[: part % len(groups)])
-    last = np.concatenate(layer_pairs[-len(groups) :], 1)
+        pairs[1] += sum(sizes[: part % len(sizes)])
+    last = np.concatenate(layer_pairs[-len(sizes) :], 1)
     last = last[:, last[0].argsort(kind="stable")]
-    per_image = np.bincount(last[0], minlength=len(assignment.counts))
+    per_image = np.bincount(last[0], minlength=len(pending.counts))
     slots = np.arange(last.shape[1]) - (per_image.cumsum() - per_image)[last[0]]
 
     blocks = [[proposal_pairs], layer_pairs, [last]]
-    sizes = [[pairs.shape[1] for pairs in block] for block in blocks]
-    parts = np.concatenate([np.full(size, i) for block in sizes for i, size in enumerate(block)])
+    lengths = [[pairs.shape[1] for pairs in block] for block in blocks]
+    parts = np.concatenate([np.full(length, i) for block in lengths for i, length in enumerate(block)])
     columns = np.concatenate([pairs for block in blocks for pairs in block], 1)
     slot = np.concatenate([np.zeros(len(parts) - len(slots), np.int64), slots])
     table = to_device(torch.from_numpy(np.stack([parts, *columns, slot])), device)  # (5, m of all blocks)
     proposals, layers, joint = (
         Matches(block, *rows)
-        for rows, block in zip(table.split([sum(block) for block in sizes], 1), sizes, strict=True)
+        for rows, block in zip(table.split([sum(block) for block in lengths], 1), lengths, strict=True)
     )
     return Matching(proposals, layers, joint, most=max(int(per_image.max()), 1))
 
@@ -143,13 +147,13 @@ def oks_loss(similarity: Tensor, config: HPetrConfig) -> Tensor:
 
 
 def keypoint_terms(keypoints: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 (normalised coordinates) and object keypoint similarity of matched poses (..., m, K, 2): (..., m) each."""
+    """Return L1 (normalized coordinates) and OKS of matched poses (..., m, K, 2), 1 = the image: (..., m) each."""
     visible = targets.visible[matches.image, matches.target]  # (m, K)
-    difference = keypoints - targets.keypoints[matches.image, matches.target]  # (..., m, K, 2)
-    l1 = (difference.abs() * visible[..., None]).sum((-1, -2))
-    squared = (difference * targets.sizes[matches.image][:, None]).square().sum(-1)  # (..., m, K) pixels^2
-    oks = object_keypoint_similarity(squared, visible, targets.areas[matches.image, matches.target], sigmas)
-    return l1, oks
+    sizes = targets.sizes[matches.image][:, None]  # (m, 1, 2)
+    difference = keypoints * sizes - targets.keypoints[matches.image, matches.target]  # (..., m, K, 2) pixels
+    l1 = (difference.abs() / sizes * visible[..., None]).sum((-1, -2))
+    areas = targets.areas[matches.image, matches.target]
+    return l1, object_keypoint_similarity(difference.square().sum(-1), visible, areas, sigmas)
 
 
 def proposal_losses(
@@ -179,7 +183,7 @@ def proposal_losses(
 
 def decoder_losses(
     layers: Predictions,
-    groups: list[int],
+    sizes: list[int],
     matches: Matches,
     targets: Targets,
     config: HPetrConfig,
@@ -189,10 +193,12 @@ def decoder_losses(
     """Losses of every pose-decoder layer, each group divided by its own counts and the groups added.
 
     Args:
-        layers: (layers, B, Q, ...). groups: sizes of the query groups. counts: (layers * groups, 2).
+        layers: (layers, B, Q, ...).
+        sizes: number of queries of each group.
+        counts: (layers * groups, 2).
     """
     depth = len(layers.logits)
-    layer = torch.div(matches.part, len(groups), rounding_mode="floor")
+    layer = torch.div(matches.part, len(sizes), rounding_mode="floor")
     truth = torch.zeros_like(layers.logits, dtype=torch.promote_types(layers.logits.dtype, torch.float32))
     matched = layers.keypoints[layer, matches.image, matches.query]  # (m, K, 2)
     distance, similarity = keypoint_terms(matched, matches, targets, sigmas)
@@ -200,10 +206,10 @@ def decoder_losses(
     quality = similarity.detach() if config.class_target == "oks" else 1.0
     truth[layer, matches.image, matches.query, classes] = quality
     focal = focal_terms(layers, truth, targets).sum(1)  # (layers, Q)
-    focal = torch.stack([group.sum(-1) for group in focal.split(groups, 1)], -1)  # (layers, groups)
+    focal = torch.stack([group.sum(-1) for group in focal.split(sizes, 1)], -1)  # (layers, groups)
     seen = targets.visible[matches.image, matches.target].any(-1)
     l1, oks = (matches.sums(x).view(depth, -1) for x in (distance, oks_loss(similarity, config) * seen))
-    people, coordinates = counts.view(depth, len(groups), 2).unbind(-1)
+    people, coordinates = counts.view(depth, len(sizes), 2).unbind(-1)
     sums = {
         "class": config.loss_class * (focal / people).sum(-1),  # (layers,) each
         "l1": config.loss_l1 * (l1 / coordinates).sum(-1),
@@ -245,7 +251,7 @@ def score_loss(poses: Tensor, scores: Tensor, matches: Matches, targets: Targets
     nothing is known do not count.
     """
     person = matches.image, matches.target
-    difference = (poses - targets.keypoints[person]) * targets.sizes[matches.image][:, None]
+    difference = poses * targets.sizes[matches.image][:, None] - targets.keypoints[person]  # (m, K, 2) pixels
     right = keypoint_similarity(difference.square().sum(-1), targets.areas[person], sigmas) >= 0.5  # (m, K)
     visible, absent = targets.visible[person], targets.absent[person]
     loss = F.binary_cross_entropy_with_logits(at_least_float32(scores), (right & visible).float(), reduction="none")
@@ -274,14 +280,12 @@ def heatmap_targets(targets: Targets, height: int, width: int, stride: int) -> T
     batch, _, joints = targets.visible.shape
     extent = (targets.boxes[..., 2:] - targets.boxes[..., :2]) / stride  # (B, n, 2)
     radius = gaussian_radius(extent[..., 0].ceil(), extent[..., 1].ceil()).floor().clamp(0, 3)  # (B, n)
-    pixels = targets.keypoints * targets.sizes[:, None, None]  # (B, n, K, 2)
-    # Normalised and back may fall just short of a cell's border; 1e-4 px puts it back.
-    centre = ((pixels + 1e-4) / stride).floor().long()
+    center = (targets.keypoints / stride).floor().long()  # (B, n, K, 2)
     reach = radius[..., None, None]  # (B, n, 1, 1)
-    steps = torch.arange(-3, 4, device=centre.device)
+    steps = torch.arange(-3, 4, device=center.device)
     dy, dx = (step.flatten() for step in torch.meshgrid(steps, steps, indexing="ij"))  # (49,)
     values = (-(dx**2 + dy**2) / (2 * ((2 * reach + 1) / 6) ** 2)).exp()  # (B, n, 1, 49)
-    x, y = centre[..., :1] + dx, centre[..., 1:] + dy  # (B, n, K, 49)
+    x, y = center[..., :1] + dx, center[..., 1:] + dy  # (B, n, K, 49)
     inside = (dx.abs() <= reach) & (dy.abs() <= reach) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     # What is outside adds a 0, which is no maximum: choosing the cells inside would wait for the device.
     values = values * (inside & targets.visible[..., None])

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hpetr.errors import InputError
 from hpetr.model.config import HPetrConfig
-from hpetr.model.decoders import Predictions
+from hpetr.model.groups import Assignment
 from hpetr.model.host import HostCopy, to_device
+from hpetr.model.proposals import Predictions
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
@@ -23,12 +23,15 @@ class Targets:
     """The people of a batch, padded to the picture with most of them (n).
 
     Attributes:
-        keypoints: (B, n, K, 2) x, y normalised to the unpadded picture.
-        visible: (B, n, K) bool, true where a keypoint is labelled. absent: likewise, where nobody can see it.
-        areas: (B, n) pixels^2. boxes: (B, n, 4) xyxy pixels. classes: (B, n).
-        sizes: (B, 2) width and height of the unpadded pictures in pixels.
+        keypoints: (B, n, K, 2) x, y in pixels.
+        visible: (B, n, K) bool, true where a keypoint is labelled.
+        absent: (B, n, K) bool, true where a keypoint is known to be invisible.
+        areas: (B, n) pixels^2.
+        boxes: (B, n, 4) xyxy pixels.
+        classes: (B, n).
+        sizes: (B, 2) width and height of the unpadded images in pixels.
         ignore_boxes: (B, m, 4) xyxy pixels of regions that are neither person nor background; zeros pad.
-        counts: people of each picture.
+        counts: people of each image.
     """
 
     keypoints: Tensor
@@ -94,7 +97,7 @@ def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
     missing = labels[0]["boxes"].new_zeros(0, 4, dtype=torch.float32)
     ignored = pad_sequence([label.get("ignore_boxes", missing).to(missing) for label in labels], batch_first=True)
     return Targets(
-        keypoints=keypoints[..., :2] / sizes[:, None, None],
+        keypoints=keypoints[..., :2],
         visible=keypoints[..., 2] > 0,
         absent=keypoints[..., 2] < 0,
         areas=batched("areas", torch.float32).clamp(min=1e-6),
@@ -129,10 +132,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, sigmas: Tensor) -> Tensor:
-    """Cost of giving each query each target: (..., B, Q, n) from predictions (..., B, Q, ...).
+    """Return the cost of assigning each prediction to each target: (..., B, Q, n) from predictions (..., B, Q, ...).
 
-    Weighted focal cost + keypoint L1 - OKS (PETR, section 3.4). The joints are summed one by one: with all of them at
-    once the (Q, n, K, 2) differences of the proposals take gigabytes.
+    Weighted focal cost + keypoint L1 - OKS (PETR, section 3.4). The keypoints are summed one by one: the
+    (Q, n, K, 2) differences of all proposals at once take gigabytes.
     """
     probability = at_least_float32(predictions.logits).sigmoid()
     negative = -(1 - probability + 1e-12).log() * (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA
@@ -142,34 +145,35 @@ def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, s
     classes = targets.classes[:, None].expand(*focal.shape[:-1], -1)
     cost = config.cost_class * focal.gather(-1, classes)
 
+    sizes = targets.sizes[:, None, None]  # (B, 1, 1, 2)
+    keypoints = predictions.keypoints * sizes  # (..., B, Q, K, 2) pixels
     labelled = targets.visible.sum(-1).clamp(min=1)  # (B, n)
     scale = 2 * targets.areas[..., None] * (2 * sigmas) ** 2  # (B, n, K)
     distance, similarity = torch.zeros_like(cost), torch.zeros_like(cost)
     for k in range(len(sigmas)):
         seen = targets.visible[:, None, :, k]  # (B, 1, n)
-        difference = predictions.keypoints[..., k, None, :] - targets.keypoints[:, None, :, k]  # (..., Q, n, 2)
-        distance += difference.abs().sum(-1) * seen
-        squared = (difference * targets.sizes[:, None, None]).square().sum(-1)
-        similarity += (-squared / scale[:, None, :, k]).exp() * seen
+        difference = keypoints[..., k, None, :] - targets.keypoints[:, None, :, k]  # (..., Q, n, 2)
+        distance += (difference.abs() / sizes).sum(-1) * seen
+        similarity += (-difference.square().sum(-1) / scale[:, None, :, k]).exp() * seen
     cost += config.cost_l1 * distance / (2 * labelled[:, None])
     return cost - config.cost_oks * similarity / labelled[:, None]
 
 
-class Assignment:
-    """Hungarian matching of cost matrices, in two steps so that the device works while the costs travel.
+class PendingAssignments:
+    """Assignments of predictions to targets, in two steps so that the device works while the costs travel to the host.
 
     Args:
         costs: one (B, Q_i, n) for each part.
-        counts: people of each picture; costs beyond them are padding.
-        repeats: for each part, how often every target may be matched (k of one-to-many, else 1).
+        counts: number of people of each image; costs beyond them are padding.
+        assignments: the rule of each part.
     """
 
-    def __init__(self, costs: list[Tensor], counts: list[int], repeats: list[int]):
-        self.shapes, self.counts, self.repeats = [cost.shape for cost in costs], counts, repeats
+    def __init__(self, costs: list[Tensor], counts: list[int], assignments: list[Assignment]):
+        self.shapes, self.counts, self.assignments = [cost.shape for cost in costs], counts, assignments
         self.copy = HostCopy(torch.cat([cost.flatten() for cost in costs]))
 
     def solve(self) -> list[np.ndarray]:
-        """Wait for the costs: for each part (3, m) image, query and target of its pairs, sorted by image.
+        """Wait for the costs, and return for each part (3, m) image, query and target of its pairs, sorted by image.
 
         Raises:
             FloatingPointError: a cost is NaN or infinite.
@@ -177,15 +181,15 @@ class Assignment:
         host = self.copy.wait()
         pairs: list[np.ndarray] = []
         start = 0
-        for shape, repeat in zip(self.shapes, self.repeats, strict=True):
+        for shape, assign in zip(self.shapes, self.assignments, strict=True):
             matrices = host[start : start + shape.numel()].reshape(shape)
             start += shape.numel()
             rows = [np.zeros((3, 0), np.int64)]
             for image, count in enumerate(self.counts):
-                matrix = np.tile(matrices[image, :, :count], (1, repeat))
+                matrix = matrices[image, :, :count]
                 if not np.isfinite(matrix).all():
-                    raise FloatingPointError(f"matching: the cost of picture {image} of the batch is not finite")
-                query, column = linear_sum_assignment(matrix)
-                rows.append(np.stack([np.full_like(query, image), query, column % max(count, 1)]))
+                    raise FloatingPointError(f"matching: the cost of image {image} of the batch is not finite")
+                query, target = assign(matrix)
+                rows.append(np.stack([np.full_like(query, image), query, target]))
             pairs.append(np.concatenate(rows, 1))
         return pairs

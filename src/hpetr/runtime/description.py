@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpetr.errors import InputError
-from hpetr.pixels import MIN_BATCH_SIDE
-from hpetr.skeleton import Skeleton
+from hpetr.images.pixels import MIN_BATCH_SIDE
+from hpetr.poses.skeleton import Skeleton
 
 FORMAT = 1
 KEY = "hpetr"  # of the description in a file's metadata

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 from hpetr.errors import InputError
-from hpetr.pixels import rgb_of_array
+from hpetr.images.pixels import rgb_of_array
 
 if TYPE_CHECKING:
-    from hpetr.data.images import ImageSource
+    from hpetr.images.read import ImageSource
 
 START_OF_IMAGE, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", 0xDA, b"\xff\xd9"
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpetr.errors import InputError
-from hpetr.pixels import keep_ratio_size, normalize_and_pad, resize_image
-from hpetr.predictor import Predictor, check_threshold
-from hpetr.results import PoseResult
+from hpetr.images.pixels import keep_ratio_size, normalize_and_pad, resize_image
+from hpetr.poses.predictor import Predictor, check_threshold
+from hpetr.poses.result import PoseResult
+from hpetr.poses.skeleton import Skeleton
 from hpetr.runtime.engine import load_engine
 from hpetr.runtime.pictures import read_picture
-from hpetr.skeleton import Skeleton
 
 if TYPE_CHECKING:
-    from hpetr.data.images import ImageSource
+    from hpetr.images.read import ImageSource
 
 
 class ExportedPredictor(Predictor):

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hpetr import __version__
-from hpetr.predictor import Predictor
-from hpetr.results import PoseResult
+from hpetr.poses.predictor import Predictor
+from hpetr.poses.result import PoseResult
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import FIELD, FORMAT_NAMES, Limits, Refusal, check_picture, read_upload
 from hpetr.server.metrics import Metrics

@@ -14,10 +14,10 @@ from http import HTTPStatus
 
 import numpy as np
 
-from hpetr.data.images import load_image
 from hpetr.errors import InputError
-from hpetr.predictor import Predictor
-from hpetr.results import PoseResult
+from hpetr.images.read import load_image
+from hpetr.poses.predictor import Predictor
+from hpetr.poses.result import PoseResult
 from hpetr.server.limits import Refusal, broken
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from hpetr.results import PoseResult
+from hpetr.poses.result import PoseResult
 
 PIXEL_DIGITS, SCORE_DIGITS = 3, 6
 # Lists of a fixed length: what is said of tuples (prefixItems) few readers of an OpenAPI description understand.

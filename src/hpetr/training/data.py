@@ -23,8 +23,8 @@ from hpetr.data.augment import (
 from hpetr.data.dataset import PoseDataset, open_dataset
 from hpetr.data.sample import Sample
 from hpetr.errors import InputError
-from hpetr.recipe import AugmentRecipe, DataSource, ProcessorRecipe, SideRange
-from hpetr.skeleton import Skeleton
+from hpetr.poses.skeleton import Skeleton
+from hpetr.training.recipe import AugmentRecipe, DataSource, ProcessorRecipe, SideRange
 
 CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
 BUCKET_STEPS = 32  # optimiser steps whose pictures are sorted by shape together

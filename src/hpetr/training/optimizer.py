@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpetr.recipe import TrainRecipe
+from hpetr.training.recipe import TrainRecipe
 
 
 def parameter_groups(model: torch.nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from hpetr.checkpoint import load_config
+from hpetr.checkpoints.folder import load_config
 from hpetr.errors import InputError
+from hpetr.images.files import write_bytes
 from hpetr.model.config import HPetrConfig
-from hpetr.recipe import Recipe, load_recipe, recipe_values, recipe_yaml
-from hpetr.results import write_bytes
+from hpetr.training.recipe import Recipe, load_recipe, recipe_values, recipe_yaml
 
 LOG, RECIPE, STATE = "log.jsonl", "recipe.yaml", "trainer_state.json"
 EVAL_PREFIX = "eval_"  # transformers' mark of evaluations

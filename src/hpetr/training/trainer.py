@@ -20,18 +20,18 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from hpetr.card import Evaluation, data_name
-from hpetr.checkpoint import open_as_others, save_checkpoint
+from hpetr.checkpoints.card import Evaluation, data_name
+from hpetr.checkpoints.folder import open_as_others, save_checkpoint
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset
-from hpetr.data.processor import HPetrImageProcessor
 from hpetr.errors import InputError
-from hpetr.evaluate import evaluate
+from hpetr.evaluation.evaluate import evaluate
+from hpetr.inference.torch_predictor import default_batch_size
 from hpetr.model.hpetr import HPetrForPoseEstimation
-from hpetr.predict import default_batch_size
-from hpetr.recipe import TrainRecipe
+from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.training.data import EpochSampler, TrainingSet
 from hpetr.training.optimizer import parameter_groups, schedule_factor
+from hpetr.training.recipe import TrainRecipe
 from hpetr.training.run import EVAL_PREFIX, UNFINISHED, publish
 
 AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensors in a checkpoint

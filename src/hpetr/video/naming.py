@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpetr.errors import InputError
-from hpetr.picture_files import PICTURE_SUFFIXES
+from hpetr.images.read import PICTURE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .mts .m2ts .wmv .flv .3gp .ogv .y4m .h264 .h265 .hevc").split()

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from hpetr.draw import draw_poses
 from hpetr.errors import InputError
-from hpetr.predictor import Predictor
-from hpetr.results import PoseResult, check_writable
-from hpetr.tracking import UNTRACKED, PoseSmoother, PoseTracker
+from hpetr.images.files import check_writable
+from hpetr.poses.draw import draw_poses
+from hpetr.poses.predictor import Predictor
+from hpetr.poses.result import PoseResult
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.naming import RESULTS_NAME, output_stem
 from hpetr.video.sink import JsonLines, VideoSink, video_suffix
 from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.tracking import UNTRACKED, PoseSmoother, PoseTracker
 
 # While tracking, poses down to this share of the threshold may continue a track.
 DOUBTFUL_SHARE = 0.5

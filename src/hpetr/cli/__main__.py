@@ -1,0 +1,5 @@
+"""`python -m hpetr.cli`, as torchrun starts it."""
+
+from hpetr.cli.main import main
+
+main()

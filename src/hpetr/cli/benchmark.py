@@ -1,0 +1,115 @@
+"""The command `hpetr benchmark`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpetr.cli.output import parse_size, progress
+
+if TYPE_CHECKING:
+    from hpetr.evaluation.benchmark import Benchmark, Spread
+
+TABLE_WIDTH = 128  # a narrower terminal wraps the lines, which is better than figures cut off
+
+
+def benchmark_command(
+    target: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or preset. Default: the model that comes with hpetr.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Input of the network as HEIGHTxWIDTH, e.g. 800x1216. Default: the processor's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures that go through the network together.")] = 1,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Measured runs.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to run on. Default: a made one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there too.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Measure the time of every stage, and compare it with what this machine can do."""
+    from hpetr.images.files import check_writable, write_json
+
+    pixels = None if size is None else parse_size(size)
+    if json_file is not None:
+        check_writable(json_file.parent)
+    from hpetr.checkpoints.folder import BUNDLED
+    from hpetr.evaluation.benchmark import benchmark, runs
+    from hpetr.inference.precision import keep_freed_memory
+
+    keep_freed_memory()
+    with progress("Measuring", runs(max(repeats, 1))) as advance:
+        result = benchmark(
+            target or BUNDLED, pixels, batch, device, repeats, threads, image, advance, precision=precision
+        )
+    print_benchmark(result)
+    if json_file is not None:
+        write_json(json_file, result.to_dict())
+        typer.echo(f"figures: {json_file}")
+
+
+def print_benchmark(result: Benchmark) -> None:
+    """Print a table of the stages, and below it what the shares refer to."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    weights = " (random weights)" if result.weights == "random" else ""
+    picture, network = (f"{height} x {width}" for height, width in (result.picture, result.input))
+    title = (
+        f"{result.model}{weights}: picture {picture}, network input {network}, batch {result.batch}\n{result.device}, "
+        f"{result.threads} CPU threads, {result.precision}, {result.kernel} sampling kernel, {result.repeats} repeats"
+    )
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    table.add_column("stage", no_wrap=True)
+    for head in ("ms", "quartiles", "share", "GFLOP", "sampling", "of matrix", "MB moved", "of copy"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for stage in result.stages:
+        table.add_row(
+            stage.name,
+            *_times(stage.seconds),
+            _percent(stage.seconds.median / result.whole.median),
+            _number(stage.flops / 1e9),
+            _number(stage.sampling_flops / 1e9),
+            _percent(stage.matrix_share),
+            _number(stage.bytes / 1e6),
+            _percent(stage.copy_share),
+        )
+    table.add_section()
+    table.add_row("whole", *_times(result.whole), "100%")
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
+    console.print(f"{_number(result.pictures_per_second)} pictures per second")
+    if result.peak_bytes is not None:
+        loaded = (
+            "" if result.loaded_bytes is None else f", {result.loaded_bytes / 1e6:,.0f} MB before the first picture"
+        )
+        owner = "GPU tensors" if result.device.startswith("cuda") else "the process"
+        console.print(f"peak memory of {owner} {result.peak_bytes / 1e6:,.0f} MB{loaded}")
+    console.print(
+        f"this machine, measured in this run: {result.matrix_rate / 1e9:,.0f} GFLOP/s float32 matrix product, "
+        f"{result.copy_rate / 1e9:,.1f} GB/s copy"
+    )
+
+
+def _times(spread: Spread) -> tuple[str, str]:
+    return _number(
+        spread.median * 1e3
+    ), f"{_number(spread.lower_quartile * 1e3)} to {_number(spread.upper_quartile * 1e3)}"
+
+
+def _number(value: float) -> str:
+    """Three digits at least, and none that say nothing; "-" for nothing."""
+    if value == 0:
+        return "-"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"

@@ -1,0 +1,88 @@
+"""The commands `hpetr data ...`. As in `cli.py`, everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpetr.cli.output import BAD_INPUT, progress
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training: check, show, sigmas.")
+
+
+@data_app.command()
+def check(
+    source: Annotated[Path, typer.Argument(help="COCO or CrowdPose JSON, YOLO-pose data.yaml, or a folder with one.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures. Default: images beside the JSON, or the YAML's path.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a YOLO-pose data set: train, val or test. Default: all there are.")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Decode every picture and look for equal ones.")
+    ] = True,
+    examples: Annotated[int, typer.Option(min=0, help="How many of each kind are named.")] = 3,
+) -> None:
+    """Report everything that is wrong or odd in a data set, and what training makes of it.
+
+    Exit code 2 when training would refuse the data set; warnings and notes do not matter to it.
+    """
+    from hpetr.data.check import check_dataset
+    from hpetr.data.dataset import is_yolo, source_file
+    from hpetr.data.yolo import read_yolo_config
+
+    file = source_file(source)
+    splits = list(read_yolo_config(file, images).splits) if is_yolo(file) and split is None else [split]
+    accepted = True
+    for number, name in enumerate(splits):
+        report = check_dataset(file, images, name, pictures, examples, lambda total: progress("Checking", total))
+        if number:
+            typer.echo("")
+        if name is not None:
+            typer.echo(f"split {name}")
+        typer.echo("\n".join(report.lines()))
+        accepted = accepted and report.accepted
+    if not accepted:
+        raise typer.Exit(BAD_INPUT)
+
+
+@data_app.command()
+def show(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Picture to write, .jpg or .png.")] = Path("outputs/data.jpg"),
+    pictures: Annotated[int, typer.Option(min=1, help="How many of the training pictures.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="The epoch shown: other pictures, other augmentation.")] = 0,
+) -> None:
+    """Draw the pictures that a recipe shows its network: augmented, with their labels."""
+    from hpetr.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from hpetr.training.show_data import write_grid
+
+    typer.echo(f"pictures: {write_grid(loaded, output, pictures, seed)}")
+
+
+@data_app.command()
+def sigmas(
+    files: Annotated[list[Path], typer.Argument(help="COCO keypoint JSONs with labels of the same pictures.")],
+) -> None:
+    """Estimate sigmas from people that were labelled several times.
+
+    Prints a line for a recipe's `data` or a data.yaml; null stands for a keypoint that cannot be estimated.
+    """
+    from hpetr.data.sigmas import MIN_PAIRS, estimate_sigmas
+
+    estimate = estimate_sigmas(files)
+    typer.echo(f"{estimate.people} people labelled at least twice", err=True)
+    for name, sigma, pairs in zip(estimate.names, estimate.sigmas, estimate.pairs, strict=True):
+        if sigma is None:
+            reason = "all of them equal" if pairs >= MIN_PAIRS else f"expected at least {MIN_PAIRS}"
+            typer.echo(f"warning: {name}: not estimable from {pairs} repeated labels, {reason}", err=True)
+    numbers = ", ".join("null" if sigma is None else f"{sigma:g}" for sigma in estimate.sigmas)
+    typer.echo(f"sigmas: [{numbers}]")

@@ -1,0 +1,45 @@
+"""The command `hpetr export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export_command(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder. Default: the model that comes with hpetr.")
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="onnx, for ONNX Runtime and what else reads ONNX; openvino; or torch-export, a program of plain torch "
+            "operators.",
+        ),
+    ] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="New file. Default: model.onnx, model.xml or model.pt2, by the format.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Keep weights in float16: half the file. For onnx and openvino.")
+    ] = False,
+) -> None:
+    """Write a model for other runtimes."""
+    from hpetr.export.write import FORMATS, check_export, export_model
+
+    path = output or Path("model").with_suffix(FORMATS[form][0] if form in FORMATS else "")
+    check_export(path, form, half=half)
+    from hpetr.checkpoints.folder import BUNDLED, load_checkpoint, resolve_checkpoint
+    from hpetr.checkpoints.hub import is_hub_place
+
+    name = checkpoint or BUNDLED
+    if not is_hub_place(name):
+        name = resolve_checkpoint(checkpoint).resolve().name
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    typer.echo("translating the network, which takes a minute or two")
+    export_model(model, processor, path, form, name, half=half)
+    files = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
+    typer.echo(f"model: {path}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")

@@ -1,0 +1,247 @@
+"""The image processor: pictures in, a padded batch out; and network outputs back to poses in picture pixels."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+import numpy as np
+import torch
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from hpetr.errors import InputError
+from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, keep_ratio_size, normalize_and_pad, resize_image
+from hpetr.images.read import ImageSource, load_image
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+# A square batch of one picture takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
+MAX_SIDE = 8_192
+
+
+class PoseOutputs(Protocol):
+    """What `post_process_pose_estimation` reads of the model's output, coordinates normalised to the picture.
+
+    `scores` (B, T) and `poses` (B, T, K, 2). `keypoint_scores` (B, T, K) and `pose_labels` (B, T) are optional.
+    """
+
+    scores: torch.Tensor
+    poses: torch.Tensor
+
+
+class PictureBatch(BatchFeature):
+    """`pixel_values` and `pixel_mask`, and the pictures' sizes as an attribute.
+
+    `original_sizes` is no key, so that `model(**batch)` works as it is.
+    """
+
+    original_sizes: list[tuple[int, int]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "original_sizes": self.original_sizes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class HPetrImageProcessorKwargs(TypedDict, total=False):
+    """The processor's parameters; transformers reads from here which ones `from_pretrained` may override."""
+
+    size: dict[str, int]
+    image_mean: list[float]
+    image_std: list[float]
+    pad_size_divisor: int
+    threshold: float
+
+
+class HPetrImageProcessor(BaseImageProcessor):
+    """Resizes with the aspect ratio kept, normalises and pads pictures; turns outputs into poses.
+
+    Args:
+        size: `shortest_edge` and `longest_edge` in pixels: the largest scale at which neither side exceeds its limit.
+        image_mean: three numbers, for RGB pixels in 0..1 (the official 123.675, ... divided by 255).
+        image_std: three numbers, likewise.
+        pad_size_divisor: height and width of a batch are padded up to multiples of it.
+        threshold: a pose is reported when its score is above it, unless a call gives another threshold.
+
+    Raises:
+        InputError: a parameter has a wrong value, or an unknown parameter is given.
+    """
+
+    valid_kwargs = HPetrImageProcessorKwargs  # type: ignore[assignment]
+    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (the base class declares it so)
+
+    def __init__(
+        self,
+        size: Mapping[str, int] | None = None,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        pad_size_divisor: int = 1,
+        threshold: float = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        # transformers writes these three beside the parameters in preprocessor_config.json.
+        service_keys = {key: kwargs.pop(key) for key in ("processor_class", "auto_map") if key in kwargs}
+        kwargs.pop("image_processor_type", None)
+        if kwargs:
+            known = ", ".join(HPetrImageProcessorKwargs.__annotations__)
+            raise InputError(f"image processor: unknown parameter {next(iter(kwargs))!r}, expected one of {known}")
+        super().__init__(**service_keys)
+        self.size = _checked_size(DEFAULT_SIZE if size is None else size)
+        self.image_mean = _checked_channels("image_mean", image_mean)
+        self.image_std = _checked_channels("image_std", image_std)
+        if not all(0 < std <= 1 for std in self.image_std) or not all(0 <= mean <= 1 for mean in self.image_mean):
+            raise InputError("image processor: image_mean and image_std are for pixels in 0..1: divide by 255")
+        if not _is_whole(pad_size_divisor) or not 1 <= pad_size_divisor <= MAX_SIDE:
+            raise InputError(
+                f"image processor: pad_size_divisor is {pad_size_divisor!r}, expected a whole number in 1..{MAX_SIDE:,}"
+            )
+        self.pad_size_divisor = int(pad_size_divisor)
+        if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+            raise InputError(f"image processor: threshold is {threshold!r}, expected a number in 0..1")
+        self.threshold: float = float(threshold)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON; the file appears complete or not at all."""
+        path = Path(json_file_path)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(self.to_json_string(), encoding="utf-8")
+        unfinished.replace(path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload preprocessor_config.json to the Hugging Face hub, without a card: that is the model's.
+
+        Args:
+            repo_id: `OWNER/NAME`, the model's.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+        """
+        from hpetr.checkpoints.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, **{"commit_message": "Upload processor", **options})
+
+    def preprocess(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        size: Mapping[str, int] | None = None,
+        return_tensors: Literal["pt", "np"] = "pt",
+    ) -> PictureBatch:
+        """A batch of pictures for the model; `processor(images, ...)` is the same.
+
+        Args:
+            images: what `load_image` takes, or a list of B of them (also an array (B, H, W, 3) uint8).
+            size: overrides the processor's own for this call.
+            return_tensors: torch tensors ("pt") or NumPy arrays ("np").
+
+        Returns:
+            A BatchFeature with `pixel_values` (B, 3, H, W) float32, 0 on padding, and `pixel_mask` (B, H, W) int64,
+            1 = picture. Its attribute `original_sizes` is a list of B (height, width) of the pictures given, the
+            `target_sizes` of `post_process_pose_estimation`.
+
+        Raises:
+            InputError: a picture cannot be read, or no picture is given.
+        """
+        if return_tensors not in ("pt", "np"):
+            raise InputError(f"image processor: return_tensors is {return_tensors!r}, expected 'pt' or 'np'")
+        limits = self.size if size is None else _checked_size(size)
+        originals = [load_image(source) for source in _as_list(images)]
+        resized = [self._resize(image, limits) for image in originals]
+        pixel_values, pixel_mask = normalize_and_pad(resized, self.image_mean, self.image_std, self.pad_size_divisor)
+        batch = PictureBatch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
+        batch.original_sizes = [(image.shape[0], image.shape[1]) for image in originals]
+        return batch
+
+    def post_process_pose_estimation(
+        self,
+        outputs: PoseOutputs,
+        target_sizes: torch.Tensor | Sequence[Sequence[int]],
+        threshold: float | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Poses in pixels of the original pictures.
+
+        Args:
+            outputs: the model's output; see `PoseOutputs`.
+            target_sizes: (B, 2) tensor, or B pairs, (height, width) in pixels of the original pictures.
+            threshold: only poses with a higher score are kept; None takes the processor's.
+
+        Returns:
+            Per picture a dict, best pose first: `scores` (n), `keypoints` (n, K, 2) x, y clipped to the picture,
+            `keypoint_scores` (n, K), 1 where the model gives none, `boxes` (n, 4) the extent x1, y1, x2, y2 of the
+            keypoints, `labels` (n) int64.
+
+        Raises:
+            InputError: there are not as many target sizes as pictures, or poses that are NaN or infinite.
+        """
+        scores, poses = outputs.scores.float(), outputs.poses.float()  # half precision holds no pixel of 1333
+        if not bool(scores.isfinite().all()) or not bool(poses.isfinite().all()):
+            raise InputError("the model's poses are no finite numbers, its weights are damaged or were never trained")
+        sizes = torch.as_tensor(target_sizes, dtype=poses.dtype, device=poses.device)  # (B, 2)
+        if sizes.shape != (len(scores), 2):
+            raise InputError(
+                f"target_sizes of shape {tuple(sizes.shape)}: expected ({len(scores)}, 2), (height, width) per picture"
+            )
+        # The official code goes through the resized picture's pixels and back, which cancels.
+        keypoints = poses.clamp(0, 1) * sizes.flip(-1)[:, None, None, :]  # (B, T, K, 2)
+        boxes = torch.cat([keypoints.amin(dim=2), keypoints.amax(dim=2)], dim=-1)  # (B, T, 4)
+        keypoint_scores = getattr(outputs, "keypoint_scores", None)
+        if keypoint_scores is None:
+            keypoint_scores = torch.ones_like(keypoints[..., 0])  # (B, T, K)
+        labels = getattr(outputs, "pose_labels", None)
+        if labels is None:
+            labels = torch.zeros_like(scores, dtype=torch.int64)
+        fields = {
+            "scores": scores,
+            "keypoints": keypoints,
+            "keypoint_scores": keypoint_scores,
+            "boxes": boxes,
+            "labels": labels,
+        }
+        results = []
+        for index, picture_scores in enumerate(scores):
+            order = picture_scores.argsort(descending=True, stable=True)
+            kept = order[picture_scores[order] > (self.threshold if threshold is None else threshold)]  # (n,)
+            results.append({name: values[index][kept] for name, values in fields.items()})
+        return results
+
+    @staticmethod
+    def _resize(image: np.ndarray, size: Mapping[str, int]) -> np.ndarray:
+        height, width = image.shape[:2]
+        return resize_image(image, *keep_ratio_size(height, width, size["shortest_edge"], size["longest_edge"]))
+
+
+def _as_list(images: Any) -> list[Any]:
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    if not images:
+        raise InputError("images: the list is empty, expected at least one picture")
+    return list(images)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _checked_size(size: Any) -> dict[str, int]:
+    if not isinstance(size, Mapping) or set(size) != set(DEFAULT_SIZE):
+        raise InputError(f"image processor: size is {size!r}, expected the keys {' and '.join(DEFAULT_SIZE)}")
+    if not all(_is_whole(side) and 0 < side <= MAX_SIDE for side in size.values()):
+        raise InputError(f"image processor: size is {dict(size)}, expected positive whole numbers up to {MAX_SIDE:,}")
+    if size["longest_edge"] < size["shortest_edge"]:
+        raise InputError(f"image processor: size is {dict(size)}, expected longest_edge >= shortest_edge")
+    return {name: int(size[name]) for name in DEFAULT_SIZE}
+
+
+def _checked_channels(name: str, values: Any) -> list[float]:
+    if not isinstance(values, Sequence) or len(values) != 3 or not all(isinstance(value, Real) for value in values):
+        raise InputError(f"image processor: {name} is {values!r}, expected three numbers")
+    return [float(value) for value in values]

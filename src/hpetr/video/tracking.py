@@ -1,0 +1,198 @@
+"""Who is who from frame to frame: `PoseTracker` gives poses numbers that stay, `PoseSmoother` takes their jitter away.
+
+Tracking follows ByteTrack (Zhang et al., ECCV 2022): sure detections are matched to tracks first, doubtful ones only
+continue tracks that are left. In place of box overlap stands the similarity of poses, OKS, which still tells two people
+apart whose boxes cover each other. Smoothing is the one-euro filter (Casiez, Roussel and Vogel, CHI 2012).
+
+The package `trackers` would do the tracking as well, but not beside hpetr: its 2.6.1 requires `opencv-python`, which
+writes its files over those of `opencv-python-headless`. Measured: after `pip install trackers`, `import cv2` gives
+OpenCV 5.0.0 with Qt, which fails where there is no libGL, as in most containers, while pip goes on reporting the
+headless 4.14. Its ByteTrack also gives a person no number in their first frame, and does not look at classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from hpetr.poses.result import PoseResult
+
+UNTRACKED = 0
+# Area of a person over the area of the box around the keypoints, as for annotations without an area.
+AREA_OF_BOX = 0.53
+# People move more from frame to frame than annotators differ: sigmas count this many times.
+SIGMA_FACTOR = 2.0
+MIN_SIMILARITY = 0.15
+# Share of the newest measurement in a track's velocity.
+VELOCITY_SHARE = 0.5
+
+
+@dataclass
+class _Track:
+    number: int
+    label: int
+    keypoints: np.ndarray  # (K, 2) pixels
+    area: float  # pixels^2
+    time: float  # seconds, when it was last seen
+    velocity: np.ndarray  # (2,) pixels per second
+
+    def at(self, time: float) -> np.ndarray:
+        """Where its keypoints (K, 2) are expected, if it goes on as it went."""
+        return self.keypoints + self.velocity * (time - self.time)
+
+
+class PoseTracker:
+    """Gives every person in a video a number.
+
+    Args:
+        sigmas: K standard deviations of OKS, those of the skeleton.
+        start_score: only a pose with a higher score begins a track; one with a lower score can continue one.
+        patience: seconds after which somebody who comes back is somebody new.
+    """
+
+    def __init__(self, sigmas: np.ndarray | tuple[float, ...], start_score: float, patience: float = 1.0) -> None:
+        self._variances = (2 * SIGMA_FACTOR * np.asarray(sigmas, np.float64)) ** 2  # (K,)
+        self._start_score = start_score
+        self._patience = patience
+        self._tracks: list[_Track] = []
+        self.count = 0
+
+    def update(self, result: PoseResult, time: float) -> np.ndarray:
+        """Match the poses of the next frame.
+
+        Args:
+            result: n poses, best first.
+            time: seconds, of any origin, later than in the call before.
+
+        Returns:
+            (n,) int64 track numbers from 1; `UNTRACKED` for a doubtful pose that continues none.
+        """
+        self._tracks = [track for track in self._tracks if time - track.time <= self._patience]
+        numbers = np.full(len(result), UNTRACKED, np.int64)
+        sure = result.scores > self._start_score  # (n,)
+        free = list(self._tracks)
+        for stage in (sure, ~sure):
+            poses = np.flatnonzero(stage)
+            pairs = self._match(free, result, poses, time)
+            for track, matching in pairs:
+                self._follow(track, result, matching, time)
+                numbers[matching] = track.number
+            matched = {track.number for track, _ in pairs}
+            free = [track for track in free if track.number not in matched]
+        for pose in np.flatnonzero(sure & (numbers == UNTRACKED)).tolist():
+            self.count += 1
+            numbers[pose] = self.count
+            keypoints = result.keypoints[pose].astype(np.float64)
+            track = _Track(
+                self.count, int(result.labels[pose]), keypoints, _area(result.boxes[pose]), time, np.zeros(2)
+            )
+            self._tracks.append(track)
+        return numbers
+
+    def _match(
+        self, tracks: list[_Track], result: PoseResult, poses: np.ndarray, time: float
+    ) -> list[tuple[_Track, int]]:
+        """The pairs of tracks and poses that are most similar together, none below `MIN_SIMILARITY`."""
+        if not tracks or not len(poses):
+            return []
+        expected = np.stack([track.at(time) for track in tracks])  # (T, K, 2)
+        areas = np.array([track.area for track in tracks])  # (T,)
+        squares = ((expected[:, None] - result.keypoints[poses]) ** 2).sum(-1)  # (T, n, K)
+        closeness = np.exp(-squares / (2 * areas[:, None, None] * self._variances))  # (T, n, K)
+        weights = np.maximum(result.keypoint_scores[poses], 1e-3)  # (n, K)
+        similarity = (closeness * weights).sum(-1) / weights.sum(-1)  # (T, n)
+        labels = np.array([track.label for track in tracks])  # (T,)
+        similarity[labels[:, None] != result.labels[poses]] = 0
+        similarity[similarity < MIN_SIMILARITY] = 0  # a pair that does not count must not displace one that does
+        rows, columns = linear_sum_assignment(similarity, maximize=True)
+        return [
+            (tracks[row], int(poses[column]))
+            for row, column in zip(rows, columns, strict=True)
+            if similarity[row, column] > 0
+        ]
+
+    @staticmethod
+    def _follow(track: _Track, result: PoseResult, pose: int, time: float) -> None:
+        keypoints = result.keypoints[pose].astype(np.float64)
+        elapsed = time - track.time
+        if elapsed > 0:
+            # The median: one keypoint that jumps does not carry the person away.
+            measured = np.median(keypoints - track.keypoints, axis=0) / elapsed
+            track.velocity += VELOCITY_SHARE * (measured - track.velocity)
+        track.keypoints, track.area, track.time = keypoints, _area(result.boxes[pose]), time
+
+
+def _area(box: np.ndarray) -> float:
+    width, height = np.maximum(box[2:] - box[:2], 1).astype(float)
+    return AREA_OF_BOX * width * height
+
+
+class OneEuroFilter:
+    """Low-pass filter whose cutoff grows with speed: still things rest, moving things do not lag.
+
+    Args:
+        min_cutoff: Hz, for a thing at rest; lower is calmer.
+        beta: Hz for each unit per second of speed; higher lags less.
+        speed_cutoff: Hz, for the speed itself.
+    """
+
+    def __init__(self, min_cutoff: float, beta: float, speed_cutoff: float = 1.0) -> None:
+        self._min_cutoff, self._beta, self._speed_cutoff = min_cutoff, beta, speed_cutoff
+        self._time = 0.0
+        self._value: np.ndarray | None = None
+        self._speed: np.ndarray | None = None
+
+    def __call__(self, value: np.ndarray, time: float) -> np.ndarray:
+        """The filtered value, of any shape, the same in every call; time in seconds, later than in the call before."""
+        if self._value is None or self._speed is None:
+            self._value, self._speed = value, np.zeros_like(value)
+        elif (elapsed := time - self._time) > 0:
+            speed = (value - self._value) / elapsed
+            self._speed = self._speed + _share(self._speed_cutoff, elapsed) * (speed - self._speed)
+            cutoff = self._min_cutoff + self._beta * np.abs(self._speed)
+            self._value = self._value + _share(cutoff, elapsed) * (value - self._value)
+        self._time = time
+        return self._value
+
+
+def _share(cutoff: np.ndarray | float, elapsed: float) -> np.ndarray | float:
+    """How much of a new value a first-order low-pass filter takes."""
+    turn = 2 * np.pi * cutoff * elapsed
+    return turn / (turn + 1)
+
+
+class PoseSmoother:
+    """One-euro filters for the keypoints of every track, in units of the person's size: near and far behave alike.
+
+    Args:
+        min_cutoff, beta: see `OneEuroFilter`; a unit is the square root of the area of the person's box.
+        patience: seconds after which the filter of somebody unseen is forgotten.
+    """
+
+    def __init__(self, min_cutoff: float = 1.0, beta: float = 10.0, patience: float = 1.0) -> None:
+        self._min_cutoff, self._beta, self._patience = min_cutoff, beta, patience
+        self._filters: dict[int, tuple[OneEuroFilter, float, float]] = {}  # filter, unit in pixels, last time
+
+    def update(self, result: PoseResult, numbers: np.ndarray, time: float) -> PoseResult:
+        """The poses with smoothed keypoints, and boxes around these.
+
+        Args:
+            result: n poses.
+            numbers: (n,) from `PoseTracker.update`; an `UNTRACKED` pose stays as it is.
+            time: seconds, later than in the call before.
+        """
+        self._filters = {n: entry for n, entry in self._filters.items() if time - entry[2] <= self._patience}
+        keypoints, boxes = result.keypoints.copy(), result.boxes.copy()
+        for pose, number in enumerate(numbers.tolist()):
+            if number == UNTRACKED:
+                continue
+            if number not in self._filters:
+                unit = _area(result.boxes[pose]) ** 0.5
+                self._filters[number] = (OneEuroFilter(self._min_cutoff, self._beta), unit, time)
+            smoother, unit, _ = self._filters[number]
+            keypoints[pose] = smoother(result.keypoints[pose] / unit, time) * unit
+            boxes[pose] = np.concatenate([keypoints[pose].min(0), keypoints[pose].max(0)])
+            self._filters[number] = (smoother, unit, time)
+        return replace(result, keypoints=keypoints, boxes=boxes)

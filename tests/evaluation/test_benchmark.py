@@ -1,0 +1,151 @@
+"""The benchmark: stages of the real path add up, and its figures agree with `hpetr info`. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from hpetr import HPetrConfig, InputError
+from hpetr.checkpoints.folder import load_checkpoint
+from hpetr.cli.main import app
+from hpetr.evaluation.benchmark import OTHER, STAGES, Benchmark, ByteCounter, Marks, Stage, benchmark, count_flops
+from hpetr.evaluation.info import model_info
+from hpetr.images.read import load_image
+from hpetr.inference.torch_predictor import predict_batch
+from paths import EXAMPLES
+
+PICTURE = EXAMPLES / "000000000785.jpg"
+NETWORK = ("backbone and neck", "encoder", "proposals", "pose decoder", "joint decoder")
+
+
+def hpetr(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["benchmark", *(str(argument) for argument in arguments)])
+
+
+def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = hpetr("h-petr-nano", "--size", "96x128", "--repeats", 3, "--threads", 1, "--device", "cpu", "--json", file)
+    assert done.exit_code == 0, done.output
+    figures = json.loads(file.read_text())
+    assert figures.keys() == {field.name for field in fields(Benchmark)}
+    assert (figures["picture"], figures["input"]) == ([192, 256], [96, 128])
+    assert (figures["weights"], figures["batch"], figures["repeats"], figures["threads"]) == ("checkpoint", 1, 3, 1)
+
+    stages = {stage["name"]: stage for stage in figures["stages"]}
+    assert tuple(stages) == (*STAGES, OTHER)
+    for stage in figures["stages"]:
+        assert stage.keys() == {field.name for field in fields(Stage)}
+        seconds = stage["seconds"]
+        assert 0 < seconds["lower_quartile"] <= seconds["median"] <= seconds["upper_quartile"]
+    whole = figures["whole"]["median"]
+    named = sum(stages[name]["seconds"]["median"] for name in STAGES)
+    assert 0.5 * whole < named <= 1.1 * whole
+    assert figures["pictures_per_second"] == pytest.approx(1 / whole)
+
+    # What is counted: all FLOPs of `hpetr info`, in the network's stages only.
+    assert {name for name, stage in stages.items() if stage["flops"]} == set(NETWORK)
+    assert sum(stage["flops"] for stage in stages.values()) == model_info("h-petr-nano", (96, 128)).flops
+    for name, stage in stages.items():
+        rate = (stage["flops"] + stage["sampling_flops"]) / stage["seconds"]["median"]
+        expected = rate / figures["matrix_rate"] if name in NETWORK else None
+        assert stage["matrix_share"] == pytest.approx(expected)
+    assert all(stages[name]["bytes"] > 0 and stages[name]["copy_share"] > 0 for name in NETWORK)
+    assert stages["decode"]["bytes"] == 0
+    assert stages["decode"]["copy_share"] is None
+    assert 0 < figures["loaded_bytes"] <= figures["peak_bytes"]
+
+    for name in (*STAGES, OTHER, "whole", "pictures per second", "peak memory", "GFLOP/s"):
+        assert name in done.stdout
+
+
+def test_batch_of_a_checkpoint_on_a_picture(checkpoint: Path) -> None:
+    done: list[int] = []
+    result = benchmark(str(checkpoint), batch=2, repeats=1, device="cpu", image=PICTURE, progress=done.append)
+    assert len(done) == 4
+    assert result.picture == load_image(PICTURE).shape[:2] == (425, 640)
+    assert result.input == (128, 192)  # both limits of the checkpoint's processor
+    assert result.pictures_per_second == pytest.approx(2 / result.whole.median)
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    assert sum(s.flops for s in result.stages) == sum(
+        f[0] for f in count_flops(model.config, 2, *result.input).values()
+    )
+    # Every mark is gone: the path is as it was.
+    assert not {"preprocess", "post_process_pose_estimation"} & processor.__dict__.keys()
+    assert len(predict_batch(model, processor, [load_image(PICTURE)])[0]) == 10
+
+
+def test_preset_gets_random_weights_and_leaves_the_random_numbers() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    result = benchmark("petr-r50", (64, 96), repeats=1, device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+    assert (result.weights, result.input) == ("random", (64, 96))
+
+
+def test_sampling_is_counted_by_its_formula() -> None:
+    config = HPetrConfig.preset("h-petr-nano", encoder_layers=2, decoder_layers=1, joint_decoder_layers=1)
+    config.num_queries, config.num_poses = 10, 5
+    figures = count_flops(config, 3, 64, 64)
+    tokens = sum((64 // stride) ** 2 for stride in (8, 16, 32)[config.encoder_first_level :])
+    points = config.num_feature_levels * config.d_model  # a level's point in all heads reads d_model channels
+    assert config.num_feature_levels == 3
+    assert figures["encoder"][1] == 2 * 3 * tokens * points * config.num_points * 8
+    assert figures["pose decoder"][1] == 3 * 10 * points * config.num_keypoints * 8
+    assert figures["joint decoder"][1] == 3 * 5 * config.num_keypoints * points * config.num_points * 8
+    assert figures["proposals"][1] == 0
+
+
+def test_marks_and_bytes() -> None:
+    readings = iter([0, 1, 10, 100, 1000])
+    marks = Marks(lambda: next(readings))
+    for stage in ("a", "b", "a", "c", ""):
+        marks(stage)
+    assert marks.sums() == {"a": 1 + 90, "b": 9, "c": 900}
+
+    x = torch.ones(10, 4)
+    with ByteCounter() as counter:
+        y = x.t().reshape(2, 20)  # the transposed tensor is copied, reading and writing 160 bytes
+        assert counter.total == 320
+        y.view(40)[3:]
+        assert counter.total == 320
+        y.add_(1)
+        assert counter.total == 640
+        torch.zeros(1).expand(10, 4) + x  # 4 bytes written, 4 and 160 read, 160 written
+        assert counter.total == 640 + 4 + 4 + 160 + 160
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "0x128"], "size is 0x128, expected a positive height and width"),
+        (["--size", "128"], "--size 128: expected HEIGHTxWIDTH"),
+        (["petr-r5"], "petr-r5: neither a checkpoint folder nor a preset, expected one of petr-r50,"),
+        (["--batch", "0"], "batch is 0, expected at least 1"),
+        (["--repeats", "-1"], "repeats is -1, expected at least 1"),
+        (["--threads", "0"], "threads is 0, expected at least 1"),
+        (["--device", "cuda:99"], "device cuda:99: not available here"),
+        (["--image", "none.jpg"], "none.jpg: no such file"),
+        (["--json", str(PICTURE / "x.json")], "cannot be used as output folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    done = hpetr(*arguments)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_broken_picture_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "half.jpg"
+    file.write_bytes(cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()[:200])
+    with pytest.raises(InputError, match=r"half\.jpg: .*(truncated|not a picture)"):
+        benchmark(image=file)
