@@ -11,7 +11,7 @@ DEMO_OUTPUT := outputs/demo
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    poses of the pictures in examples/, drawn into $(DEMO_OUTPUT)/"
+	@echo "make demo    poses of the images in examples/, drawn into $(DEMO_OUTPUT)/"
 	@echo "make browser Chromium for the tests of the page, by apt-get as root, where there is none"
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
@@ -20,7 +20,7 @@ help:
 	@echo "make fuzz    many more inputs for tests/fuzz than make test tries"
 	@echo "make bench   the scripts in benchmarks/"
 	@echo "make docs    the documentation, into site/"
-	@echo "make figures the pictures of docs/model.md and of the bundled checkpoint, drawn with it"
+	@echo "make figures the images of docs/model.md and of the bundled checkpoint, drawn with it"
 	@echo "make clean   remove $(VENV), caches and built files"
 
 install: $(INSTALLED_DEV)
@@ -41,7 +41,7 @@ $(INSTALLED_DOCS): $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/hpetr predict examples/*.jpg --output $(DEMO_OUTPUT)
-	@echo "Look at the drawn pictures in $(DEMO_OUTPUT)/"
+	@echo "Look at the drawn images in $(DEMO_OUTPUT)/"
 
 # pip brings no browser. The names are those that tests/test_serve_browser.py looks for.
 browser:
@@ -78,7 +78,7 @@ bench: $(INSTALLED)
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The pictures of docs/model.md, anew after a change of the bundled checkpoint.
+# The images of docs/model.md, anew after a change of the bundled checkpoint.
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/make_model_figures.py
 	$(BIN)/python docs/figures/make_failure_figure.py

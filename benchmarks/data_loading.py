@@ -1,10 +1,10 @@
-"""Pictures a second that reach the network's door: decoding, augmentation and batching, against a plain Pillow loop.
+"""Images a second that reach the network's door: decoding, augmentation and batching, against a plain Pillow loop.
 
     python benchmarks/data_loading.py [--annotations examples/tiny-coco/annotations.json] [--images FOLDER]
 
-The Pillow loop opens each picture, converts it to RGB, resizes it and makes a float array of it, in one process: no
-labels, no colours, no rotation, no batch. The library does all of its training pipeline, without worker processes and
-with them. `CPU ms` is the processor time of a picture over all processes, `busy` the share of the machine's processors
+The Pillow loop opens each image, converts it to RGB, resizes it and makes a float array of it, in one process: no
+labels, no colors, no rotation, no batch. The library does all of its training pipeline, without worker processes and
+with them. `CPU ms` is the processor time of an image over all processes, `busy` the share of the machine's processors
 that was used; both are the whole epoch's, start of the workers included.
 """
 
@@ -42,17 +42,17 @@ PUBLISHED = AugmentRecipe.model_validate(
 
 
 def pillow_loop(dataset: PoseDataset, count: int, short: tuple[int, int], long: int) -> Iterable[np.ndarray]:
-    """Plain arrays (h, w, 3) float32 of `count` pictures, short sides drawn from `short`, both included."""
+    """Plain arrays (h, w, 3) float32 of `count` images, short sides drawn from `short`, both included."""
     rng = np.random.default_rng(0)
     for index in range(count):
-        with Image.open(dataset.picture_paths[index % len(dataset)]) as image:
+        with Image.open(dataset.image_paths[index % len(dataset)]) as image:
             height, width = keep_ratio_size(image.height, image.width, int(rng.integers(short[0], short[1] + 1)), long)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         yield np.asarray(resized, dtype=np.float32) / 255
 
 
 def library(dataset: PoseDataset, count: int, augment: AugmentRecipe, batch: int, workers: int) -> DataLoader:
-    """The loader of a training run: `count` pictures, or a few more that fill the last batch."""
+    """The loader of a training run: `count` images, or a few more that fill the last batch."""
     transform = build_transform(augment, ProcessorRecipe(), dataset.skeleton)
     source = DataSource(annotations=dataset.path, repeat=-(-count // len(dataset)))
     data = TrainingSet([dataset], [source], transform, seed=0)
@@ -60,10 +60,10 @@ def library(dataset: PoseDataset, count: int, augment: AugmentRecipe, batch: int
     return DataLoader(data, batch, sampler=sampler, collate_fn=PoseCollator(), num_workers=workers)
 
 
-def measure(name: str, make: Callable[[], Iterable], pictures: Callable[[object], int], baseline: float) -> float:
-    """Print one line of the table and return the pictures a second."""
+def measure(name: str, make: Callable[[], Iterable], images: Callable[[object], int], baseline: float) -> float:
+    """Print one line of the table and return the images a second."""
     before, start = os.times(), time.perf_counter()
-    count = sum(pictures(item) for item in make())
+    count = sum(images(item) for item in make())
     wall, after = time.perf_counter() - start, os.times()
     cpu = sum(after[:4]) - sum(before[:4])  # user and system time, of this process and of its finished children
     rate = count / wall
@@ -75,20 +75,20 @@ def measure(name: str, make: Callable[[], Iterable], pictures: Callable[[object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, default=EXAMPLES, help="COCO JSON or YOLO-pose YAML")
-    parser.add_argument("--images", type=Path, help="folder of the pictures (JSON only)")
+    parser.add_argument("--images", type=Path, help="folder of the images (JSON only)")
     parser.add_argument("--pictures", type=int, default=240, help="for the published sizes; small ones four times that")
     parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args()
     cv2.setNumThreads(0)  # as in training
     torch.set_num_threads(1)
     dataset = open_dataset(args.annotations, args.images)
-    print(f"{len(dataset)} pictures of {args.annotations}, {os.cpu_count()} processors, batches of {args.batch}")
+    print(f"{len(dataset)} images of {args.annotations}, {os.cpu_count()} processors, batches of {args.batch}")
     jobs = (
-        ("short side 160..256, flip", SMALL, (160, 256), 256, 4 * args.pictures),
-        ("published: 400..1400, colours, rotation, flip, crop", PUBLISHED, (400, 1400), 1400, args.pictures),
+        ("short side 160..256, flip", SMALL, (160, 256), 256, 4 * args.images),
+        ("published: 400..1400, colors, rotation, flip, crop", PUBLISHED, (400, 1400), 1400, args.images),
     )
     for title, augment, short, long, count in jobs:
-        print(f"\n{title}\n  {'':24}{'pictures/s':>10}{'':9}{'CPU ms':>9}{'busy':>8}")
+        print(f"\n{title}\n  {'':24}{'images/s':>10}{'':9}{'CPU ms':>9}{'busy':>8}")
         sides = (dataset, count, short, long)
         baseline = measure("Pillow loop", lambda sides=sides: pillow_loop(*sides), lambda array: 1, 0.0)
         for workers in (0, 1, 2):

@@ -37,10 +37,10 @@ def make_inputs(
     value = torch.randn(batch, tokens, HEADS, width, generator=generator)
     if near:
         axes = [((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
-        centres = torch.cat([torch.cartesian_prod(y, x).flip(-1) for y, x in axes])  # (S, 2)
+        centers = torch.cat([torch.cartesian_prod(y, x).flip(-1) for y, x in axes])  # (S, 2)
         sizes = torch.tensor([(w, h) for h, w in shapes])  # (L, 2)
         noise = 3 * torch.randn(batch, tokens, HEADS, levels, POINTS, 2, generator=generator)
-        locations = centres[None, :, None, None, None] + noise / sizes[:, None]
+        locations = centers[None, :, None, None, None] + noise / sizes[:, None]
     else:
         locations = torch.rand(batch, tokens, HEADS, levels, POINTS, 2, generator=generator)
     weights = torch.rand(batch, tokens, HEADS, levels * POINTS, generator=generator).softmax(-1)

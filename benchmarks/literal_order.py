@@ -79,7 +79,7 @@ def measure(order: str, preset: str, height: int, width: int, repeats: int) -> d
             torch.nn.init.normal_(parameter, std=0.03)  # a fresh model's zeros would make the orders' poses equal
     pixels = torch.randn(1, 3, height, width)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: dict[str, list[float]] = {"backbone and encoder": [], "pose decoder": [], "joint decoder": [], "picture": []}
+    times: dict[str, list[float]] = {"backbone and encoder": [], "pose decoder": [], "joint decoder": [], "image": []}
     poses = torch.empty(0)
     with torch.inference_mode():
         for _ in range(repeats):
@@ -134,7 +134,7 @@ def main() -> None:
     apart = max(abs(a - b) for a, b in zip(literal["poses"], ours["poses"], strict=True))
     print(f"{args.preset}, {args.size}, {args.threads} threads, float32; poses differ by {apart:.1e} at most")
     print(f"{'':22}{'literal':>10}{'hpetr':>10}{'ratio':>8}")
-    for name in ("backbone and encoder", "pose decoder", "joint decoder", "picture", "peak MB"):
+    for name in ("backbone and encoder", "pose decoder", "joint decoder", "image", "peak MB"):
         print(f"{name:22}{literal[name]:>10.2f}{ours[name]:>10.2f}{literal[name] / ours[name]:>8.1f}")
 
 

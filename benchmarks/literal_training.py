@@ -1,6 +1,6 @@
 """The losses of a training step in the official order of computation; `training_step.py` compares it with hpetr's.
 
-Written from the method's description, step by step as the official code goes about it: no batching over pictures,
+Written from the method's description, step by step as the official code goes about it: no batching over images,
 layers, groups or people. It shares hpetr's modules, and with them the weights, and the formulas of single terms.
 """
 
@@ -18,7 +18,7 @@ from hpetr.model.losses import gaussian_radius
 from hpetr.model.proposals import inverse_sigmoid
 
 Label = dict[str, Tensor]
-Match = list[tuple[Tensor, Tensor]]  # for each picture, query and target indices
+Match = list[tuple[Tensor, Tensor]]  # for each image, query and target indices
 
 
 def project_and_attend(layer: DeformableLayer, x: Tensor, position: Tensor, references: Tensor, memory: Tensor, grid):
@@ -31,7 +31,7 @@ def pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid):
     decoder, config = model.pose_decoder, model.config
     proposals = decoder.propose(memory, grid)
     offsets = proposals.head(proposals.features).unflatten(-1, (-1, 2))
-    every = (offsets + proposals.centres.logit()[..., None, :]).sigmoid()  # (B, S, K, 2)
+    every = (offsets + proposals.centers.logit()[..., None, :]).sigmoid()  # (B, S, K, 2)
     total = decoder.query_embedding.num_embeddings
     best = proposals.logits[..., 0].topk(total, dim=1).indices[..., None, None]
     references = every.gather(1, best.expand(-1, -1, config.num_keypoints, 2)).detach()
@@ -50,12 +50,12 @@ def pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid):
 
 
 def joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, poses: Tensor, image: Tensor) -> Tensor:
-    """The memory of its picture copied for each of P poses (P, K, 2), every copy projected in every layer."""
+    """The memory of its image copied for each of P poses (P, K, 2), every copy projected in every layer."""
     decoder = model.joint_decoder
     copies = memory[image]  # (P, S, D)
     position, x = (part.expand(len(poses), -1, -1) for part in decoder.query_embedding.weight.chunk(2, -1))
     copied = Grid(
-        grid.spatial_shapes, None, grid.valid_ratios[image], grid.centres[image], grid.cells[image], grid.positions
+        grid.spatial_shapes, None, grid.valid_ratios[image], grid.centers[image], grid.cells[image], grid.positions
     )
     references, outputs = poses, []
     for layer, head in zip(decoder.layers, decoder.heads, strict=True):
@@ -68,7 +68,7 @@ def joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, pos
 
 @torch.no_grad()
 def match(logits: Tensor, keypoints: Tensor, label: Label, size: Tensor, config: HPetrConfig, repeat: int):
-    """Queries and targets of one picture, layer and group: logits (Q, C), keypoints (Q, K, 2) normalised."""
+    """Queries and targets of one image, layer and group: logits (Q, C), keypoints (Q, K, 2) normalized."""
     sigmas = torch.tensor(config.skeleton["sigmas"], device=logits.device)
     people = [i for _ in range(repeat) for i in range(len(label["areas"]))]
     probability = logits.float().sigmoid()
@@ -89,7 +89,7 @@ def match(logits: Tensor, keypoints: Tensor, label: Label, size: Tensor, config:
 
 
 def regression(keypoints: list[Tensor], targets: list[Tensor], labels: list[Label], size: Tensor, config: HPetrConfig):
-    """L1 and OKS losses of matched poses, pictures side by side: means over labelled coordinates and over poses."""
+    """L1 and OKS losses of matched poses, images side by side: means over labelled coordinates and over poses."""
     sigmas = torch.tensor(config.skeleton["sigmas"], device=size.device)
     predicted = torch.cat(keypoints)  # (m, K, 2)
     truth = torch.cat([label["keypoints"][target] for label, target in zip(labels, targets, strict=True)])
@@ -151,7 +151,7 @@ def heatmap_loss(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, labe
     tokens = memory[:, : height * width]
     layer, coarse = model.heatmap_encoder.layers[0], grid.first_level()
     features = project_and_attend(
-        layer, tokens, torch.zeros_like(tokens[:1]), coarse.centres[:, :, None], tokens, coarse
+        layer, tokens, torch.zeros_like(tokens[:1]), coarse.centers[:, :, None], tokens, coarse
     )
     logits = model.heatmap_head(features).transpose(1, 2).unflatten(-1, (height, width))
     truth = heatmap_targets(labels, model.config.num_keypoints, height, width, stride).to(logits.device)
@@ -162,7 +162,7 @@ def heatmap_loss(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, labe
 
 
 def loss_terms(model: HPetrForPoseEstimation, pixels: Tensor, labels: list[Label]) -> dict[str, Tensor]:
-    """All weighted terms of pictures (B, 3, H, W) without padding."""
+    """All weighted terms of images (B, 3, H, W) without padding."""
     config = model.config
     size = torch.tensor([pixels.shape[3], pixels.shape[2]], dtype=torch.float32, device=pixels.device)
     memory, grid = model.encode(pixels, None)

@@ -1,6 +1,6 @@
 """Time of h-petr-nano for one photograph on the CPU, stage by stage.
 
-    python benchmarks/nano_latency.py [--picture examples/000000000785.jpg] [--threads 2] [--repeats 30]
+    python benchmarks/nano_latency.py [--image examples/000000000785.jpg] [--threads 2] [--repeats 30]
 
 Decoding, resize, network, post-processing: the library's own path with the bundled checkpoint, float32, batch 1. The
 backbone is timed alone in the same run, for scale.
@@ -39,25 +39,25 @@ def median_ms(function: Callable[[], object], repeats: int) -> tuple[float, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
+    parser.add_argument("--image", type=Path, default=ROOT / "examples" / "000000000785.jpg")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the command line does
     model, processor = load_checkpoint(None, "cpu")
-    picture = cv2.resize(load_image(args.picture), (640, 480))
-    encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
-    batch = processor(picture)
+    image = cv2.resize(load_image(args.image), (640, 480))
+    encoded = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+    batch = processor(image)
     pixels = batch["pixel_values"]
     stages = {
         "decode JPEG": lambda: load_image(encoded),
-        "resize and normalise": lambda: processor(picture),
+        "resize and normalize": lambda: processor(image),
         "backbone alone": lambda: model.backbone.body(pixels),
         "network": lambda: model(**batch),
         "all": lambda: predict_batch(model, processor, [load_image(encoded)]),
     }
-    print(f"480 x 640 picture, network input {tuple(pixels.shape[-2:])}, {args.threads} threads, float32, milliseconds")
+    print(f"480 x 640 image, network input {tuple(pixels.shape[-2:])}, {args.threads} threads, float32, milliseconds")
     print(f"{'':22}{'median':>8}{'least':>8}")
     with torch.inference_mode():
         for name, function in stages.items():

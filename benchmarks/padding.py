@@ -2,7 +2,7 @@
 
     python benchmarks/padding.py [--annotations JSON|YAML] [--images DIR]
 
-For the published augmentation and h-petr-nano's: the share of all pixels that lie outside the pictures, over one epoch.
+For the published augmentation and h-petr-nano's: the share of all pixels that lie outside the images, over one epoch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time of a checkpoint in torch and of what `hpetr export` made of it, side by side in one run.
 
-    python benchmarks/runtime_latency.py [checkpoint-folder model.onnx model.xml ...] [--picture FILE] [--threads 2]
+    python benchmarks/runtime_latency.py [checkpoint-folder model.onnx model.xml ...] [--image FILE] [--threads 2]
 
 Without arguments it exports the bundled model to ONNX and OpenVINO first.
 One photograph, decoded once: resize, network and post-processing, float32, batch 1, in turn so that all see the same
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default=BUNDLED)
     parser.add_argument("models", nargs="*", help="files that `hpetr export` made of it")
-    parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
+    parser.add_argument("--image", type=Path, default=ROOT / "examples" / "000000000785.jpg")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
@@ -52,20 +52,20 @@ def export(checkpoint: str, folder: Path) -> list[str]:
 
 def compare(args: argparse.Namespace, models: list[str]) -> None:
     torch.set_num_threads(args.threads)
-    picture = load_image(args.picture)
+    image = load_image(args.image)
     predictors: dict[str, Predictor] = {"torch": PosePredictor(args.checkpoint, "cpu")}
     for model in models:
         predictor = ExportedPredictor(model, threads=args.threads, device="cpu")
         predictors[f"{predictor.device_name.partition(',')[0]}, {Path(model).name}"] = predictor
-    results = {name: predictor(picture) for name, predictor in predictors.items()}
+    results = {name: predictor(image) for name, predictor in predictors.items()}
     times: dict[str, list[float]] = {name: [] for name in predictors}
     for _ in range(args.repeats):
         for name, predictor in predictors.items():
             start = time.perf_counter()
-            predictor(picture)
+            predictor(image)
             times[name].append((time.perf_counter() - start) * 1e3)
-    height, width = picture.shape[:2]
-    print(f"{height} x {width} picture, {args.threads} threads, float32")
+    height, width = image.shape[:2]
+    print(f"{height} x {width} image, {args.threads} threads, float32")
     print(f"{'':32}{'median ms':>11}{'least ms':>10}{'score':>10}{'pixels':>10}")
     ours = results["torch"]
     for name, taken in times.items():

@@ -1,7 +1,7 @@
-"""How time and memory grow with the picture, the batch, the people, the poses, the queries and the threads.
+"""How time and memory grow with the image, the batch, the people, the poses, the queries and the threads.
 
     python benchmarks/scaling.py [--preset h-petr-nano] [--large-preset h-petr-r50] [--threads 2] [--repeats 5]
-        [--sweeps picture people ...] [--quick] [--output outputs/scaling] [--page docs/scaling.md]
+        [--sweeps image people ...] [--quick] [--output outputs/scaling] [--page docs/scaling.md]
 
 A sweep runs in one process, and every round runs each of its points once, in random order: what else the machine does
 hits all points alike. The exponent is fitted to the least times (a line through the logarithms, over the upper half of
@@ -45,9 +45,9 @@ from hpetr.training.report import COLORS, INK
 from training_step import random_people
 
 COSTS, ASSIGNMENT, HEATMAP = "matching: costs", "matching: assignment", "heatmap branch"
-LOSSES, BACKWARD, OPTIMISER = "losses", "backward", "optimiser"
+LOSSES, BACKWARD, OPTIMIZER = "losses", "backward", "optimizer"
 STAGES = (*NETWORK_STAGES, OTHER)
-TRAINING_STAGES = (*NETWORK_STAGES, COSTS, HEATMAP, ASSIGNMENT, LOSSES, BACKWARD, OPTIMISER)
+TRAINING_STAGES = (*NETWORK_STAGES, COSTS, HEATMAP, ASSIGNMENT, LOSSES, BACKWARD, OPTIMIZER)
 MARKERS = "osD^vP*X<>x"
 SHOWN_SHARE = 0.01  # of the time at the largest point: a figure leaves out stages that never reach it
 RESET = Path("/proc/self/clear_refs")  # Linux: lets a process forget its peak
@@ -97,20 +97,20 @@ class Result:
 
 
 def make_sweeps(args: argparse.Namespace) -> list[Sweep]:
-    """The sweeps asked for; quick ones are the first three points of each, where the picture does not grow 96 x 128."""
+    """The sweeps asked for; quick ones are the first three points of each, where the image does not grow 96 x 128."""
     nano = functools.partial(Point, preset=args.preset, threads=args.threads)
     large = functools.partial(Point, preset=args.large_preset, threads=args.threads)
     if args.quick:
         nano = functools.partial(nano, height=96, width=128)
     small, big = args.preset, args.large_preset
     sweeps = [
-        Sweep("picture", f"{small}: picture", "pixels", False, sizes(nano, 192, 288, 384, 480, 576, 768, 960)),
-        Sweep("picture-large", f"{big}: picture", "pixels", False, sizes(large, 288, 384, 576, 768)),
-        Sweep("batch", f"{small}: batch", "pictures", False, counts(nano, "batch", 1, 2, 4, 8)),
+        Sweep("image", f"{small}: image", "pixels", False, sizes(nano, 192, 288, 384, 480, 576, 768, 960)),
+        Sweep("image-large", f"{big}: image", "pixels", False, sizes(large, 288, 384, 576, 768)),
+        Sweep("batch", f"{small}: batch", "images", False, counts(nano, "batch", 1, 2, 4, 8)),
         Sweep("poses", f"{small}: poses through the joint decoder", "poses", False, pose_counts(nano)),
         Sweep("queries", f"{small}: queries", "queries", False, query_counts(nano)),
-        Sweep("step-picture", f"{small}: picture, training", "pixels", True, sizes(nano, 192, 288, 384, 480)),
-        Sweep("step-batch", f"{small}: batch, training", "pictures", True, counts(nano, "batch", 1, 2, 4)),
+        Sweep("step-image", f"{small}: image, training", "pixels", True, sizes(nano, 192, 288, 384, 480)),
+        Sweep("step-batch", f"{small}: batch, training", "images", True, counts(nano, "batch", 1, 2, 4)),
         Sweep("people", f"{small}: people, training", "people", True, counts(nano, "people", 1, 3, 10, 30, 60, 100)),
         Sweep("step-queries", f"{small}: queries, training", "queries", True, training_queries(nano)),
         Sweep("threads", f"{small}: threads", "threads", False, thread_counts(nano)),
@@ -125,7 +125,7 @@ def make_sweeps(args: argparse.Namespace) -> list[Sweep]:
 
 
 def sizes(point: Callable[..., Point], *heights: int) -> tuple[Point, ...]:
-    """Pictures of 3 : 4."""
+    """Images of 3 : 4."""
     shapes = [(height, height * 4 // 3) for height in heights]
     return tuple(point(x=h * w, label=f"{h} x {w}", height=h, width=w) for h, w in shapes)
 
@@ -204,7 +204,7 @@ def training_step(
         loss = model(pixels, None, labels).loss
     marks(BACKWARD)
     loss.backward()
-    marks(OPTIMISER)
+    marks(OPTIMIZER)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
     optimizer.zero_grad()
@@ -245,7 +245,7 @@ def time_sweep(sweep: Sweep, repeats: int) -> list[list[dict[str, float]]]:
 
 
 def peak_memory(point: Point, training: bool) -> float:
-    """Bytes that a run needs above the loaded model, its optimiser included."""
+    """Bytes that a run needs above the loaded model, its optimizer included."""
     torch.set_num_threads(point.threads)
     build(point.preset, point.options, training=training)
     RESET.write_text("5")
@@ -400,10 +400,10 @@ def fill_page(page: Path, name: str, text: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="h-petr-nano")
-    parser.add_argument("--large-preset", default="h-petr-r50", help="of the sweep picture-large")
+    parser.add_argument("--large-preset", default="h-petr-r50", help="of the sweep image-large")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of a sweep")
-    parser.add_argument("--sweeps", nargs="+", help="only these: picture, people, ... as the figures are named")
+    parser.add_argument("--sweeps", nargs="+", help="only these: image, people, ... as the figures are named")
     parser.add_argument("--quick", action="store_true", help="three small points a sweep, to see that all runs")
     parser.add_argument("--output", type=Path, default=Path("outputs/scaling"), help="folder of the figures")
     parser.add_argument("--page", type=Path, help="Markdown page whose tables to replace")

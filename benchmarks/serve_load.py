@@ -43,12 +43,12 @@ def metrics(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
-def client(port: int, picture: bytes, end: float, outcomes: Counter[str], times: list[float]) -> None:
+def client(port: int, image: bytes, end: float, outcomes: Counter[str], times: list[float]) -> None:
     """One connection until the end; `outcomes` and `times` are its own."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     while (begin := time.perf_counter()) < end:
         try:
-            connection.request("POST", "/v1/predict", picture, {"Content-Type": "image/jpeg"})
+            connection.request("POST", "/v1/predict", image, {"Content-Type": "image/jpeg"})
             answer = connection.getresponse()
             answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -63,12 +63,12 @@ def client(port: int, picture: bytes, end: float, outcomes: Counter[str], times:
     connection.close()
 
 
-def measure(port: int, picture: bytes, clients: int, seconds: float) -> tuple[Counter[str], list[float]]:
+def measure(port: int, image: bytes, clients: int, seconds: float) -> tuple[Counter[str], list[float]]:
     end = time.perf_counter() + seconds
     outcomes: list[Counter[str]] = [Counter() for _ in range(clients)]
     times: list[list[float]] = [[] for _ in range(clients)]
     threads = [
-        threading.Thread(target=client, args=(port, picture, end, *own)) for own in zip(outcomes, times, strict=True)
+        threading.Thread(target=client, args=(port, image, end, *own)) for own in zip(outcomes, times, strict=True)
     ]
     for thread in threads:
         thread.start()
@@ -84,23 +84,23 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=8)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--checkpoint")
-    parser.add_argument("--picture", type=Path, default=ROOT / "examples" / "000000000785.jpg")
+    parser.add_argument("--image", type=Path, default=ROOT / "examples" / "000000000785.jpg")
     args = parser.parse_args()
-    picture = args.picture.read_bytes()
+    image = args.image.read_bytes()
     server, port = start(args)
     try:
-        measure(port, picture, 2, 2)  # what is allocated at first use is no growth
+        measure(port, image, 2, 2)  # what is allocated at first use is no growth
         before = metrics(port)
-        outcomes, times = measure(port, picture, args.clients, args.seconds)
+        outcomes, times = measure(port, image, args.clients, args.seconds)
         after = metrics(port)
     finally:
         server.terminate()
         code = server.wait(120)
     memory = [figures["process_resident_memory_bytes"] / 1e6 for figures in (before, after)]
-    batches, pictures = (after[name] - before[name] for name in ("hpetr_batch_size_count", "hpetr_batch_size_sum"))
-    print(f"{args.clients} clients, {args.seconds:g} s, {len(picture) / 1e3:.0f} kB picture, queue {args.queue}")
+    batches, images = (after[name] - before[name] for name in ("hpetr_batch_size_count", "hpetr_batch_size_sum"))
+    print(f"{args.clients} clients, {args.seconds:g} s, {len(image) / 1e3:.0f} kB image, queue {args.queue}")
     print(f"answers: {', '.join(f'{count} x {kind}' for kind, count in sorted(outcomes.items()))}")
-    print(f"poses: {len(times) / args.seconds:.1f} pictures per second, {pictures / max(batches, 1):.2f} a batch")
+    print(f"poses: {len(times) / args.seconds:.1f} images per second, {images / max(batches, 1):.2f} a batch")
     if len(times) > 1:
         cuts = [1e3 * cut for cut in statistics.quantiles(times, n=100)]
         print(

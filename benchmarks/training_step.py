@@ -5,11 +5,11 @@
         [--profile]
 
 The literal order does what the official code does: deformable attention by grid_sample; the keypoint MLP of the
-proposals with gradient on every token; all queries under a block mask; costs for each picture, layer and group by
-itself, with a loop over people; heatmap targets person by person; the picture's memory copied for every matched pose,
+proposals with gradient on every token; all queries under a block mask; costs for each image, layer and group by
+itself, with a loop over people; heatmap targets person by person; the image's memory copied for every matched pose,
 and each copy projected in every layer of the joint decoder. Both orders give the same loss terms (dropout 0), which the
 script checks. Each runs in a process of its own, so that peak memory is its own. A step is forward, losses, backward,
-clipping and AdamW. With a GPU, `--device cuda` takes 800 x 1333 pictures, batches of 1, 2, 4, 8 and 16,
+clipping and AdamW. With a GPU, `--device cuda` takes 800 x 1333 images, batches of 1, 2, 4, 8 and 16,
 float32 and bfloat16, unless told otherwise. Random weights and people: time does not depend on them.
 """
 
@@ -32,9 +32,9 @@ from torch import Tensor
 import literal_training
 from hpetr import HPetrConfig, HPetrForPoseEstimation
 
-PEOPLE = [6, 3, 1, 8, 2, 5, 4, 10]  # of the pictures of a batch
+PEOPLE = [6, 3, 1, 8, 2, 5, 4, 10]  # of the images of a batch
 JOINT_POSES = [10, 50, 200, 800]
-LITERAL_JOINT_POSES = 200  # with 800, the copies of one picture's memory would take tens of gigabytes
+LITERAL_JOINT_POSES = 200  # with 800, the copies of one image's memory would take tens of gigabytes
 
 
 def build_model(preset: str, device: str) -> HPetrForPoseEstimation:
@@ -51,8 +51,8 @@ def random_people(count: int, height: int, width: int, seed: int, device: str) -
     """Labels of people about 150 pixels tall, two thirds of their keypoints labelled."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height])
-    centre = (0.15 + 0.7 * torch.rand(count, 1, 2, generator=generator)) * size
-    xy = centre + 40 * torch.randn(count, 17, 2, generator=generator)
+    center = (0.15 + 0.7 * torch.rand(count, 1, 2, generator=generator)) * size
+    xy = center + 40 * torch.randn(count, 17, 2, generator=generator)
     xy = torch.minimum(xy.clamp(min=0), size - 1)
     visible = 2.0 * (torch.rand(count, 17, 1, generator=generator) > 0.3)
     visible[:, 0] = 2
@@ -88,7 +88,7 @@ def measure_step(args: argparse.Namespace) -> dict:
     times: dict[str, list[float]] = {
         "forward and losses": [],
         "backward": [],
-        "optimiser": [],
+        "optimizer": [],
         "step": [],
         "step, CPU time": [],
     }
@@ -134,7 +134,7 @@ def now(device: str) -> float:
 
 
 def measure_joint_decoder(args: argparse.Namespace) -> dict:
-    """Peak memory in MB of the joint decoder alone, forward and backward, for `args.joint_poses` poses of a picture."""
+    """Peak memory in MB of the joint decoder alone, forward and backward, for `args.joint_poses` poses of an image."""
     height, width = (int(side) for side in args.size.split("x"))
     model = build_model(args.preset, args.device)
     with torch.no_grad():
@@ -197,14 +197,14 @@ def compare_steps(args: argparse.Namespace) -> None:
     if literal and literal["apart"] is not None:
         print(f"loss terms, on the literal order's kernel, differ by {literal['apart']:.1e} at most, relatively")
     print(f"{'':22}{'literal':>10}{'hpetr':>10}{'ratio':>8}")
-    for name in ("forward and losses", "backward", "optimiser", "step", "step, CPU time", "peak MB", "of it before"):
+    for name in ("forward and losses", "backward", "optimizer", "step", "step, CPU time", "peak MB", "of it before"):
         left, ratio = (f"{literal[name]:.2f}", f"{literal[name] / ours[name]:.1f}") if literal else ("-", "-")
         print(f"{name:22}{left:>10}{ours[name]:>10.2f}{ratio:>8}")
     sys.stdout.flush()
 
 
 def compare_joint_decoders(args: argparse.Namespace) -> None:
-    print(f"joint decoder, forward and backward, one {args.size} picture: MB above the start, seconds")
+    print(f"joint decoder, forward and backward, one {args.size} image: MB above the start, seconds")
     print(f"{'poses':>8}{'literal':>18}{'hpetr':>18}")
     for poses in JOINT_POSES:
         cells = []
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="h-petr-r50")
     parser.add_argument("--size", help="height x width; 640x640, on a GPU 800x1333")
-    parser.add_argument("--batch", type=int, help="pictures; 2, on a GPU 1, 2, 4, 8 and 16")
+    parser.add_argument("--batch", type=int, help="images; 2, on a GPU 1, 2, 4, 8 and 16")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="float32; on a GPU both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The training of the bundled h-petr-nano: MoveNet's network stays as it is, the transformer learns on top of it.
 #   bash examples/train_nano.sh DATA [OUTPUT]
-# DATA has the folders coco/train (COCO keypoint JSON and pictures), coco/dev (the same, to scale the joints' scores with)
+# DATA has the folders coco/train (COCO keypoint JSON and images), coco/dev (the same, to scale the joints' scores with)
 # and people (further labelled photographs), each with an annotations.json. About 45 minutes on two CPU cores.
 set -euo pipefail
 data=${1:?folder of the data}
@@ -9,7 +9,7 @@ output=${2:-runs/nano}
 coco="{annotations: $data/coco/train/annotations.json, images: $data/coco/train/images"
 people="{annotations: $data/people/annotations.json, images: $data/people, only_with_people: true}"
 
-# Everything learns but MoveNet's network and the pose decoder's steps: from so few pictures these would fit the pictures
+# Everything learns but MoveNet's network and the pose decoder's steps: from so few images these would fit the images
 # and not the poses. No heatmap loss, since the heatmaps are MoveNet's.
 learns="[backbone.neck, level_embedding, encoder, pose_decoder.layers, pose_decoder.class_heads, pose_decoder.proposal, \
 pose_decoder.keypoint_heads.2, joint_decoder]"

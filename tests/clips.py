@@ -14,17 +14,17 @@ WIDTH, HEIGHT, BITS, RATE, SAMPLES = 192, 96, 10, 25, 44_100
 
 def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
     """(H, W, 3) grey, with the number in black and white bars along the lower edge, where nothing is drawn."""
-    picture = np.full((height, width, 3), 110, np.uint8)
+    image = np.full((height, width, 3), 110, np.uint8)
     for bit in range(BITS):
         left = width * bit // BITS
-        picture[height // 2 :, left : width * (bit + 1) // BITS] = 235 if number >> bit & 1 else 20
-    return picture
+        image[height // 2 :, left : width * (bit + 1) // BITS] = 235 if number >> bit & 1 else 20
+    return image
 
 
-def read_number(picture: np.ndarray) -> int:
+def read_number(image: np.ndarray) -> int:
     """The number in a frame, also of a compressed one: the median of each bar."""
-    height, width = picture.shape[:2]
-    bars = np.array_split(picture[height // 2 + 4 :].mean(-1), BITS, axis=1)
+    height, width = image.shape[:2]
+    bars = np.array_split(image[height // 2 + 4 :].mean(-1), BITS, axis=1)
     assert width >= 2 * BITS
     return sum(int(np.median(bar) > 128) << bit for bit, bar in enumerate(bars))
 

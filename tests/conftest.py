@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder of a small model with random weights, which reports 10 poses in every picture."""
+    """A checkpoint folder of a small model with random weights, which reports 10 poses in every image."""
     torch.manual_seed(0)
     design = {**PUBLISHED_DESIGN, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 20, "num_poses": 10}
     design["num_one_to_many_queries"] = 0

@@ -25,7 +25,7 @@ SECONDS = 60.0  # until a process is given up
 
 
 def save_small_checkpoint(folder: Path, threshold: float) -> None:
-    """A model that finds ten people in every picture, with joints apart from each other: a fresh one gives points."""
+    """A model that finds ten people in every image, with joints apart from each other: a fresh one gives points."""
     torch.manual_seed(0)
     model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano", **SMALL_MODEL))
     with torch.no_grad():

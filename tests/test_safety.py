@@ -67,8 +67,8 @@ def test_a_checkpoint_to_resume_runs_no_code(tmp_path: Path) -> None:
 
     for name, what in (
         ("rng_state.pth", "random numbers' state"),
-        ("scheduler.pt", "optimiser's and schedule's state"),
-        ("optimizer.pt", "optimiser's and schedule's state"),
+        ("scheduler.pt", "optimizer's and schedule's state"),
+        ("optimizer.pt", "optimizer's and schedule's state"),
     ):
         whole = (checkpoint / name).read_bytes()
         torch.save(Bomb(executed), checkpoint / name)
@@ -90,7 +90,7 @@ def test_names_that_look_like_styles_are_shown_as_they_are(checkpoint: Path, tmp
     limits = ["--limit", "1", "--output", str(tmp_path / "e.json")]
     evaluation = CliRunner().invoke(app, ["eval", str(folder), str(data), *limits])
     assert evaluation.exit_code == 0, evaluation.output
-    assert f"{data / 'annotations.json'}: 1 picture" in evaluation.stdout
+    assert f"{data / 'annotations.json'}: 1 image" in evaluation.stdout
 
 
 # Python tells its audit hooks of every name that is looked up and every connection, also of the standard library and of
@@ -113,13 +113,13 @@ except ConnectionRefusedError:
     pass
 from hpetr.cli.main import app
 from paths import ROOT
-picture, data, recipe, checkpoint, output = sys.argv[1:]
+image, data, recipe, checkpoint, output = sys.argv[1:]
 for command in (
     ["info"],
     ["info", checkpoint],
     ["info", "--licenses"],
-    ["predict", picture, "--checkpoint", checkpoint, "--output", output],
-    ["predict", picture, "--checkpoint", "someone/nothing", "--output", output],
+    ["predict", image, "--checkpoint", checkpoint, "--output", output],
+    ["predict", image, "--checkpoint", "someone/nothing", "--output", output],
     ["eval", checkpoint, data, "--limit", "1", "--output", output + "/eval.json"],
     ["data", "check", data],
     ["train", recipe],
@@ -137,8 +137,8 @@ def test_no_network_unless_asked(tmp_path: Path, checkpoint: Path) -> None:
     log = tmp_path / "network.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"PYTHONPATH": str(tmp_path), "NETWORK_LOG": str(log), "OMP_NUM_THREADS": "1"}
-    picture = ROOT / "examples" / "000000000885.jpg"
-    arguments = [picture, TINY.parent, tmp_path / "recipe.yaml", checkpoint, tmp_path / "out"]
+    image = ROOT / "examples" / "000000000885.jpg"
+    arguments = [image, TINY.parent, tmp_path / "recipe.yaml", checkpoint, tmp_path / "out"]
     command = [sys.executable, "-c", COMMANDS, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Very small training runs for tests: real pictures, every part of the model, some milliseconds a step."""
+"""Very small training runs for tests: real images, every part of the model, some milliseconds a step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SMALL_MODEL = {
 
 
 def small_recipe(output: Path, *overrides: str) -> Recipe:
-    """Two epochs of the four example pictures at 64 pixels, a checkpoint after each of the four steps."""
+    """Two epochs of the four example images at 64 pixels, a checkpoint after each of the four steps."""
     return load_recipe(
         ROOT / "recipes" / "h-petr-nano.yaml",
         [

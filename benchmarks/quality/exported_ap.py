@@ -2,7 +2,7 @@
 
     python benchmarks/quality/exported_ap.py annotations.json model.onnx model.xml [--images FOLDER] [--threads 2]
 
-Every pose of every picture, whatever its score, as `hpetr eval` has it; the ten figures of the COCO keypoint protocol.
+Every pose of every image, whatever its score, as `hpetr eval` has it; the ten figures of the COCO keypoint protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path)
     parser.add_argument("models", nargs="+", help="what `hpetr export` wrote")
-    parser.add_argument("--images", type=Path, help="folder of the pictures; that of the annotations if not given")
+    parser.add_argument("--images", type=Path, help="folder of the images; that of the annotations if not given")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     truth = read_ground_truth(args.annotations)

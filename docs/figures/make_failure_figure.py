@@ -1,4 +1,4 @@
-"""The picture of the bundled model's failures in its card: four of the demo's photographs with what it finds in them.
+"""The image of the bundled model's failures in its card: four of the demo's photographs with what it finds in them.
 
 python docs/figures/make_failure_figure.py [--output docs/figures/nano-failures.jpg]
 """
@@ -16,7 +16,7 @@ from hpetr.images.read import load_image
 from hpetr.poses.draw import draw_poses
 
 ROOT = Path(__file__).parents[2]
-PICTURES = (14439, 183709, 329323, 361919)
+IMAGES = (14439, 183709, 329323, 361919)
 HEIGHT = 360
 
 
@@ -26,9 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     predictor = PosePredictor(device="cpu")
     drawn = []
-    for number in PICTURES:
-        picture = load_image(ROOT / "examples" / f"{number:012d}.jpg")
-        poses = draw_poses(picture, predictor(picture))
+    for number in IMAGES:
+        image = load_image(ROOT / "examples" / f"{number:012d}.jpg")
+        poses = draw_poses(image, predictor(image))
         width = round(poses.shape[1] * HEIGHT / poses.shape[0])
         drawn.append(cv2.resize(poses, (width, HEIGHT), interpolation=cv2.INTER_AREA))
     rows = [np.hstack(drawn[:2]), np.hstack(drawn[2:])]

@@ -1,6 +1,6 @@
-"""The pictures of docs/model.md: what the parts of the network do with one photograph.
+"""The images of docs/model.md: what the parts of the network do with one photograph.
 
-    python docs/figures/make_model_figures.py [--checkpoint h-petr-nano] [--picture examples/000000000785.jpg]
+    python docs/figures/make_model_figures.py [--checkpoint h-petr-nano] [--image examples/000000000785.jpg]
         [--output docs/figures]
 
 One run of the network, as `hpetr predict` makes it, with hooks that keep what the parts pass on. Writes
@@ -35,26 +35,26 @@ DARK, MOVED = "#141414", "#ff2fb3"
 
 @dataclass
 class Trace:
-    """What one run passed on; coordinates are x, y in pixels of the picture.
+    """What one run passed on; coordinates are x, y in pixels of the image.
 
     N queries, K joints, M heads, L feature levels, T poses, best first.
 
     Attributes:
-        picture: (H, W, 3) uint8 RGB. skeleton: names and limbs.
+        image: (H, W, 3) uint8 RGB. skeleton: names and limbs.
         heat: class probability of every token, (H_l, W_l) for each level. stretch: (L, 2) how far the level's map
-            reaches beyond the picture's width and height (padding), 1 = not at all.
-        proposals: (N, K, 2) the poses of the best tokens. centres: (N, 2) of those tokens.
+            reaches beyond the image's width and height (padding), 1 = not at all.
+        proposals: (N, K, 2) the poses of the best tokens. centers: (N, 2) of those tokens.
         layers: (layers, N, K, 2) after each layer of the pose decoder. scores: (N,) of the last.
         points: (layers, N, M, L, K, 2) where pose attention looks. weights: (layers, N, M, L, K), sum 1 over L and K.
         before, after: (T, K, 2) poses in front of and behind the joint decoder. final_scores: (T,).
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     skeleton: Skeleton
     heat: list[np.ndarray]
     stretch: np.ndarray
     proposals: np.ndarray
-    centres: np.ndarray
+    centers: np.ndarray
     layers: np.ndarray
     scores: np.ndarray
     points: np.ndarray
@@ -70,26 +70,26 @@ class Trace:
 
 @torch.inference_mode()
 def trace(predictor: PosePredictor, path: Path) -> Trace:
-    """Run the network on a picture and keep what its parts pass on."""
-    model, picture = predictor.model, load_image(path)
+    """Run the network on an image and keep what its parts pass on."""
+    model, image = predictor.model, load_image(path)
     kept: dict[Any, tuple[Any, Any]] = {}
     parts = [model.pose_decoder, model.joint_decoder, *(layer.attention for layer in model.pose_decoder.layers)]
     hooks = [
         part.register_forward_hook(lambda module, inputs, output: kept.update({module: (inputs, output)}))
         for part in parts
     ]
-    output = model(**predictor.processor([picture]).to(model.device))
+    output = model(**predictor.processor([image]).to(model.device))
     for hook in hooks:
         hook.remove()
 
     proposals, predictions, _ = kept[model.pose_decoder][1]
     (_, grid, before), (refined, _) = kept[model.joint_decoder]
     attentions = [(layer.attention, kept[layer.attention][0]) for layer in model.pose_decoder.layers]
-    shares = grid.valid_ratios[0]  # (L, 2) of each padded map that is picture
-    size = torch.tensor([picture.shape[1], picture.shape[0]], device=shares.device)
+    shares = grid.valid_ratios[0]  # (L, 2) of each padded map that is image
+    size = torch.tensor([image.shape[1], image.shape[0]], device=shares.device)
 
-    def pixels(normalised: Tensor) -> np.ndarray:
-        return (normalised * size).float().cpu().numpy()
+    def pixels(normalized: Tensor) -> np.ndarray:
+        return (normalized * size).float().cpu().numpy()
 
     points, weights = [], []
     for attention, (query, references, _, spatial_shapes) in attentions:
@@ -104,7 +104,7 @@ def trace(predictor: PosePredictor, path: Path) -> Trace:
     cells = [height * width for height, width in grid.spatial_shapes]
     best = proposals.logits[0, :, 0].topk(len(first_references)).indices
     return Trace(
-        picture=picture,
+        image=image,
         skeleton=Skeleton.from_dict(model.config.skeleton),
         heat=[
             level.view(shape).float().cpu().numpy()
@@ -112,7 +112,7 @@ def trace(predictor: PosePredictor, path: Path) -> Trace:
         ],
         stretch=(1 / shares).cpu().numpy(),
         proposals=pixels(first_references),
-        centres=pixels(grid.centres[0, best]),
+        centers=pixels(grid.centers[0, best]),
         layers=pixels(predictions.keypoints[:, 0]),
         scores=predictions.logits[-1, 0].amax(-1).sigmoid().float().cpu().numpy(),
         points=np.stack(points),
@@ -138,10 +138,10 @@ def panels(count: int, columns: int, aspect: float) -> tuple[Figure, list[Axes]]
     return figure, flat[:count]
 
 
-def show_picture(axis: Axes, trace: Trace, title: str, view: tuple[float, float, float, float], dim: float = 0) -> None:
-    """The picture, paler by `dim` (0..1), cut to the view (left, top, right, bottom)."""
-    pale = trace.picture + (255 - trace.picture.astype(np.float32)) * dim
-    height, width = trace.picture.shape[:2]
+def show_image(axis: Axes, trace: Trace, title: str, view: tuple[float, float, float, float], dim: float = 0) -> None:
+    """The image, paler by `dim` (0..1), cut to the view (left, top, right, bottom)."""
+    pale = trace.image + (255 - trace.image.astype(np.float32)) * dim
+    height, width = trace.image.shape[:2]
     axis.imshow(pale.astype(np.uint8), extent=(0, width, height, 0))
     axis.set_xlim(view[0], view[2])
     axis.set_ylim(view[3], view[1])
@@ -149,13 +149,13 @@ def show_picture(axis: Axes, trace: Trace, title: str, view: tuple[float, float,
 
 
 def whole(trace: Trace) -> tuple[float, float, float, float]:
-    height, width = trace.picture.shape[:2]
+    height, width = trace.image.shape[:2]
     return (0, 0, width, height)
 
 
 def around(trace: Trace, poses: np.ndarray, margin: float = 0.25) -> tuple[float, float, float, float]:
-    """The part of the picture that holds these poses (..., 2), with a margin."""
-    height, width = trace.picture.shape[:2]
+    """The part of the image that holds these poses (..., 2), with a margin."""
+    height, width = trace.image.shape[:2]
     points = poses.reshape(-1, 2).clip(0, [width, height])
     least, most = points.min(0), points.max(0)
     middle, reach = (least + most) / 2, max((most - least).max() * (0.5 + margin), 40)
@@ -164,38 +164,38 @@ def around(trace: Trace, poses: np.ndarray, margin: float = 0.25) -> tuple[float
     return (left, top, right, bottom)
 
 
-def colours(count: int) -> np.ndarray:
-    """(count, 4) one bright colour each."""
+def colors(count: int) -> np.ndarray:
+    """(count, 4) one bright color each."""
     return matplotlib.colormaps["turbo"](np.linspace(0.08, 0.95, count))
 
 
-def draw_pose(axis: Axes, trace: Trace, pose: np.ndarray, colour: Any, width: float = 1.8) -> None:
-    """One pose (K, 2), with a dark rim that keeps every colour readable."""
+def draw_pose(axis: Axes, trace: Trace, pose: np.ndarray, color: Any, width: float = 1.8) -> None:
+    """One pose (K, 2), with a dark rim that keeps every color readable."""
     for first, second in trace.skeleton.edges:
         line = pose[[first, second]].T
         axis.plot(*line, color=DARK, linewidth=width + 1.2, solid_capstyle="round", alpha=0.7)
-        axis.plot(*line, color=colour, linewidth=width, solid_capstyle="round")
-    axis.scatter(*pose.T, c=[colour], s=(2.2 * width) ** 2, edgecolors=DARK, linewidths=0.6, zorder=3)
+        axis.plot(*line, color=color, linewidth=width, solid_capstyle="round")
+    axis.scatter(*pose.T, c=[color], s=(2.2 * width) ** 2, edgecolors=DARK, linewidths=0.6, zorder=3)
 
 
 def proposals_figure(trace: Trace) -> Figure:
     """How probable each token of each level is to be a person, and the best tokens' poses."""
-    height, width = trace.picture.shape[:2]
+    height, width = trace.image.shape[:2]
     figure, axes = panels(len(trace.heat) + 1, 2, height / width)
     most = max(float(level.max()) for level in trace.heat)
     for axis, level, stretch in zip(axes, trace.heat, trace.stretch, strict=False):
         rows, columns = level.shape
-        show_picture(axis, trace, f"{rows} x {columns} tokens, best {level.max():.2f}", whole(trace))
+        show_image(axis, trace, f"{rows} x {columns} tokens, best {level.max():.2f}", whole(trace))
         right, bottom = width * stretch[0], height * stretch[1]
         axis.imshow(level, extent=(0, right, bottom, 0), cmap="inferno", vmin=0, vmax=most, alpha=0.65)
         axis.set_xlim(0, width)
         axis.set_ylim(height, 0)
     axis = axes[-1]
     shown = min(BEST_PROPOSALS, len(trace.proposals))
-    show_picture(axis, trace, f"the {shown} best tokens and their poses", whole(trace), dim=0.35)
-    for pose, centre, colour in zip(trace.proposals[:shown], trace.centres, colours(shown), strict=False):
-        draw_pose(axis, trace, pose, colour, width=0.8)
-        axis.plot(*centre, marker="s", color=colour, markeredgecolor="white", markersize=5, zorder=4)
+    show_image(axis, trace, f"the {shown} best tokens and their poses", whole(trace), dim=0.35)
+    for pose, center, color in zip(trace.proposals[:shown], trace.centers, colors(shown), strict=False):
+        draw_pose(axis, trace, pose, color, width=0.8)
+        axis.plot(*center, marker="s", color=color, markeredgecolor="white", markersize=5, zorder=4)
     return figure
 
 
@@ -206,7 +206,7 @@ def pose_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
     view = around(trace, np.stack([stage[queries] for stage in stages]), margin=0.1)
     figure, axes = panels(len(stages), 3 if len(stages) % 2 else 2, (view[3] - view[1]) / (view[2] - view[0]))
     for number, (axis, stage) in enumerate(zip(axes, stages, strict=True)):
-        show_picture(axis, trace, f"after layer {number}" if number else "proposals", view, dim=0.2)
+        show_image(axis, trace, f"after layer {number}" if number else "proposals", view, dim=0.2)
         for rank, query in zip(ranks, queries, strict=True):
             draw_pose(axis, trace, stage[query], person_color(rank + 1).as_hex())
     return figure
@@ -214,12 +214,12 @@ def pose_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
 
 def pose_attention_figure(trace: Trace) -> Figure:
     """Where the best query looks in each layer: a ring at each joint it has so far, dots where it samples."""
-    query, joints = trace.query_of(0), colours(trace.skeleton.num_keypoints)
+    query, joints = trace.query_of(0), colors(trace.skeleton.num_keypoints)
     stages = [trace.proposals, *trace.layers][: len(trace.points)]
     view = around(trace, np.stack([stage[query] for stage in stages]))
     figure, axes = panels(len(stages), min(len(stages), 3), (view[3] - view[1]) / (view[2] - view[0]))
     for number, (axis, pose) in enumerate(zip(axes, (stage[query] for stage in stages), strict=True)):
-        show_picture(axis, trace, f"layer {number + 1}", view, dim=0.45)
+        show_image(axis, trace, f"layer {number + 1}", view, dim=0.45)
         points, weights = trace.points[number, query], trace.weights[number, query]  # (M, L, K, 2), (M, L, K)
         heads_and_levels = weights[..., 0].size
         axis.scatter(
@@ -240,7 +240,7 @@ def joint_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
     moved = np.linalg.norm(trace.after[ranks] - trace.before[ranks], axis=-1)
     titles = ("before", f"after: joints moved {moved.mean():.1f} pixels in the mean, {moved.max():.0f} at most")
     for axis, poses, title in zip(axes, (trace.before, trace.after), titles, strict=True):
-        show_picture(axis, trace, title, view, dim=0.2)
+        show_image(axis, trace, title, view, dim=0.2)
         for rank in ranks:
             draw_pose(axis, trace, poses[rank], person_color(rank + 1).as_hex())
     for way in np.stack([trace.before, trace.after], -1)[ranks].reshape(-1, 2, 2):  # x, y of start and end
@@ -277,14 +277,14 @@ def write_figures(trace: Trace, output: Path, threshold: float) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="h-petr-nano", help="checkpoint folder, or h-petr-nano")
-    parser.add_argument("--picture", type=Path, default=Path("examples/000000000785.jpg"))
+    parser.add_argument("--image", type=Path, default=Path("examples/000000000785.jpg"))
     parser.add_argument("--output", type=Path, default=Path("docs/figures"))
     parser.add_argument("--threshold", type=float, help="which poses are drawn; default: the checkpoint's")
     args = parser.parse_args()
     matplotlib.use("agg")
     predictor = PosePredictor(args.checkpoint)
     threshold = predictor.processor.threshold if args.threshold is None else args.threshold
-    for path in write_figures(trace(predictor, args.picture), args.output, threshold):
+    for path in write_figures(trace(predictor, args.image), args.output, threshold):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

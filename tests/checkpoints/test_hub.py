@@ -42,7 +42,7 @@ def test_card_tells_what_the_model_is(tmp_path: Path) -> None:
     assert (figure.metric_type, figure.metric_value, figure.dataset_name) == ("AP", 0.25, "a/b.json")
     assert "# my-model\n" in card.text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
-    assert "Of 12 pictures of a/b.json" in card.text
+    assert "Of 12 images of a/b.json" in card.text
     assert "| 0.2500 | - |" in card.text
     rows = [line for line in card.text.splitlines() if line.count(" | ") == 3 and line[2].isdigit()]
     assert rows[1] == "| 1 | left_eye | right_eye | 0.025 |"
@@ -77,7 +77,7 @@ def test_training_writes_its_figures_into_the_card(tmp_path: Path) -> None:
     for folder in (output, output / "best"):
         text = (folder / "README.md").read_text()
         assert "# run\n" in text
-        assert "Of 2 pictures of tiny-coco/annotations.json" in text
+        assert "Of 2 images of tiny-coco/annotations.json" in text
         assert f"| {logged[-1]['AP']:.4f} |" in text
         assert str(tmp_path) not in text
 
@@ -91,7 +91,7 @@ def test_eval_writes_its_figures_into_the_card(checkpoint: Path, tmp_path: Path)
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "e.metrics.json").read_text())
     text = (folder / "README.md").read_text()
-    assert "Of 1 pictures of tiny-coco/annotations.json" in text
+    assert "Of 1 images of tiny-coco/annotations.json" in text
     assert f" | {metrics['AR']:.4f} | " in text
     assert (folder / "model.safetensors").read_bytes() == weights
     (folder / "README.md").write_text(text.replace(MARK, ""))
@@ -110,9 +110,9 @@ def test_auto_classes_give_the_same_model_and_processor(checkpoint: Path) -> Non
     own_model, own_processor = load_checkpoint(checkpoint, "cpu")
     assert config.to_dict() == own_model.config.to_dict()
     assert processor.to_dict() == own_processor.to_dict()
-    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
     with torch.inference_mode():
-        expected, found = (m(**p(picture)) for m, p in ((own_model, own_processor), (model, processor)))
+        expected, found = (m(**p(image)) for m, p in ((own_model, own_processor), (model, processor)))
     assert torch.equal(expected.poses, found.poses)
     assert Skeleton.from_dict(config.skeleton) == COCO
 

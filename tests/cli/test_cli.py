@@ -24,7 +24,7 @@ from hpetr.cli.main import app
 from paths import EXAMPLES
 
 TINY = EXAMPLES / "tiny-coco"
-PICTURES = ["000000000885.jpg", "000000239537.jpg"]
+IMAGES = ["000000000885.jpg", "000000239537.jpg"]
 
 
 def hpetr(*arguments: object) -> Result:
@@ -42,10 +42,10 @@ def assert_bad_input(result: Result, message: str) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
-    for name in PICTURES:
+    for name in IMAGES:
         shutil.copy(EXAMPLES / name, folder)
     return folder
 
@@ -67,28 +67,28 @@ def test_help_and_version_do_not_import_torch() -> None:
     assert f"hpetr {__version__}" in done.stdout
 
 
-def test_installed_command_predicts_a_folder(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(pictures), "--checkpoint", str(checkpoint)]
+def test_installed_command_predicts_a_folder(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(images), "--checkpoint", str(checkpoint)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "20 people in 2 pictures",
+        "20 people in 2 images",
         "drawings: outputs",
         f"results: {Path('outputs') / 'predictions.json'}",
     ]
     assert done.stderr == ""
-    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [*PICTURES, "predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [*IMAGES, "predictions.json"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupt_ends_with_130(checkpoint: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "many"
-    pictures.mkdir()
-    first = Path(shutil.copy(EXAMPLES / PICTURES[0], pictures))
+    images = tmp_path / "many"
+    images.mkdir()
+    first = Path(shutil.copy(EXAMPLES / IMAGES[0], images))
     for number in range(2000):
-        (pictures / f"{number}.jpg").hardlink_to(first)
-    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(pictures), "--checkpoint", str(checkpoint)]
+        (images / f"{number}.jpg").hardlink_to(first)
+    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(images), "--checkpoint", str(checkpoint)]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -108,44 +108,44 @@ def test_interrupt_ends_with_130(checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "outputs" / "predictions.json").exists()
 
 
-def test_predict_writes_a_coco_file_and_drawings(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_predict_writes_a_coco_file_and_drawings(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = hpetr("predict", pictures, "--checkpoint", checkpoint, "--output", output)
+    result = hpetr("predict", images, "--checkpoint", checkpoint, "--output", output)
     assert result.exit_code == 0, result.output
     coco = COCO(str(output / "predictions.json"))
-    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == [str(pictures / n) for n in PICTURES]
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == [str(images / n) for n in IMAGES]
     assert len(coco.getAnnIds()) == 20
     pose = coco.loadAnns(coco.getAnnIds())[0]
     assert len(pose["keypoints"]) == 51
     assert 0 < pose["score"] < 1
     assert coco.loadCats([1])[0]["keypoints"][0] == "nose"
-    for name in PICTURES:
-        drawn, original = (np.asarray(Image.open(folder / name)) for folder in (output, pictures))
+    for name in IMAGES:
+        drawn, original = (np.asarray(Image.open(folder / name)) for folder in (output, images))
         assert drawn.shape == original.shape
         assert np.abs(drawn.astype(int) - original).max() > 100
 
 
-def test_predict_without_drawings_and_with_a_named_json(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_predict_without_drawings_and_with_a_named_json(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     results, output = tmp_path / "deep" / "r.json", tmp_path / "out"
     result = hpetr(
-        "predict", pictures / "*.jpg", "--checkpoint", checkpoint, "--output", output, "--json", results, "--no-draw"
+        "predict", images / "*.jpg", "--checkpoint", checkpoint, "--output", output, "--json", results, "--no-draw"
     )
     assert result.exit_code == 0, result.output
     assert len(json.loads(results.read_text())["images"]) == 2
     assert not output.exists()
 
 
-def test_threshold_and_batch_size_reach_the_model(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_threshold_and_batch_size_reach_the_model(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = ("--checkpoint", checkpoint, "--output", output, "--threshold", 1, "--batch-size", 2)
-    result = hpetr("predict", pictures, *options)
+    result = hpetr("predict", images, *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("0 people in 2 pictures")
+    assert result.stdout.startswith("0 people in 2 images")
     assert json.loads((output / "predictions.json").read_text())["annotations"] == []
 
 
 def test_equal_names_from_two_folders_are_both_kept(checkpoint: Path, tmp_path: Path) -> None:
-    for folder, name in zip(("x", "y"), PICTURES, strict=True):
+    for folder, name in zip(("x", "y"), IMAGES, strict=True):
         (tmp_path / folder).mkdir()
         shutil.copy(EXAMPLES / name, tmp_path / folder / "same.jpg")
     output = tmp_path / "out"
@@ -154,44 +154,42 @@ def test_equal_names_from_two_folders_are_both_kept(checkpoint: Path, tmp_path: 
     assert sorted(path.name for path in output.iterdir()) == ["predictions.json", "same.jpg", "y_same.jpg"]
 
 
-def test_bad_picture_in_a_folder_is_counted_and_the_others_done(
-    checkpoint: Path, pictures: Path, tmp_path: Path
-) -> None:
-    (pictures / "a-broken.jpg").write_bytes((pictures / PICTURES[0]).read_bytes()[:4000])
+def test_bad_image_in_a_folder_is_counted_and_the_others_done(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    (images / "a-broken.jpg").write_bytes((images / IMAGES[0]).read_bytes()[:4000])
     output = tmp_path / "out"
-    result = hpetr("predict", pictures, "--checkpoint", checkpoint, "--output", output, "--batch-size", 3)
+    result = hpetr("predict", images, "--checkpoint", checkpoint, "--output", output, "--batch-size", 3)
     assert result.exit_code == 0, result.output
-    assert "20 people in 2 pictures" in result.stdout
-    assert f"1 of 3 pictures could not be read: {pictures / 'a-broken.jpg'}" in result.stderr
+    assert "20 people in 2 images" in result.stdout
+    assert f"1 of 3 images could not be read: {images / 'a-broken.jpg'}" in result.stderr
     written = json.loads((output / "predictions.json").read_text())
-    assert [entry["file_name"] for entry in written["unreadable"]] == [str(pictures / "a-broken.jpg")]
-    assert sorted(path.name for path in output.iterdir()) == [*PICTURES, "predictions.json"]
+    assert [entry["file_name"] for entry in written["unreadable"]] == [str(images / "a-broken.jpg")]
+    assert sorted(path.name for path in output.iterdir()) == [*IMAGES, "predictions.json"]
 
 
-def test_single_bad_picture_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+def test_single_bad_image_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     assert_bad_input(hpetr("predict", broken, "--checkpoint", checkpoint, "--output", tmp_path / "out"), str(broken))
     assert not (tmp_path / "out" / "predictions.json").exists()
 
 
-def test_missing_picture_is_found_before_any_work(pictures: Path, tmp_path: Path) -> None:
-    result = hpetr("predict", pictures, tmp_path / "nope.jpg", "--checkpoint", "nowhere", "--output", tmp_path / "out")
+def test_missing_image_is_found_before_any_work(images: Path, tmp_path: Path) -> None:
+    result = hpetr("predict", images, tmp_path / "nope.jpg", "--checkpoint", "nowhere", "--output", tmp_path / "out")
     assert_bad_input(result, "nope.jpg: no such file or folder")
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_output_is_found_before_the_model_is_loaded(pictures: Path, tmp_path: Path) -> None:
+def test_unwritable_output_is_found_before_the_model_is_loaded(images: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = hpetr("predict", pictures, "--checkpoint", "nowhere", "--output", tmp_path / "file" / "out")
+    result = hpetr("predict", images, "--checkpoint", "nowhere", "--output", tmp_path / "file" / "out")
     assert_bad_input(result, "cannot be used as output folder")
 
 
-def test_pictures_are_never_replaced_by_their_drawings(checkpoint: Path, pictures: Path) -> None:
-    before = (pictures / PICTURES[0]).read_bytes()
-    result = hpetr("predict", pictures, "--checkpoint", checkpoint, "--output", pictures)
-    assert_bad_input(result, "is one of the pictures")
-    assert (pictures / PICTURES[0]).read_bytes() == before
+def test_images_are_never_replaced_by_their_drawings(checkpoint: Path, images: Path) -> None:
+    before = (images / IMAGES[0]).read_bytes()
+    result = hpetr("predict", images, "--checkpoint", checkpoint, "--output", images)
+    assert_bad_input(result, "is one of the images")
+    assert (images / IMAGES[0]).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -207,14 +205,14 @@ def test_eval_prints_the_ten_figures_and_writes_them(checkpoint: Path, tmp_path:
     result = hpetr("eval", checkpoint, TINY, "--output", output, "--limit", 3)
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "eval.metrics.json").read_text())
-    assert metrics["pictures"] == 3
+    assert metrics["images"] == 3
     assert len({pose["image_id"] for pose in json.loads(output.read_text())}) == 3
     for name in ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL"):
         assert f"{name} " in result.stdout
         assert -1 <= metrics[name] <= 1
 
 
-def test_eval_takes_annotations_and_pictures_from_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
+def test_eval_takes_annotations_and_images_from_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
     moved = tmp_path / "people.json"
     shutil.copy(TINY / "annotations.json", moved)
     options = ("--images", TINY / "images", "--limit", 1, "--output", tmp_path / "eval.json")
@@ -225,9 +223,9 @@ def test_eval_takes_annotations_and_pictures_from_elsewhere(checkpoint: Path, tm
     assert_bad_input(hpetr("eval", checkpoint, moved, "--output", tmp_path / "eval.json"), "no such folder")
 
 
-def test_eval_of_an_unreadable_picture_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+def test_eval_of_an_unreadable_image_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "data")
-    (tmp_path / "data" / "images" / "000000442450.jpg").write_bytes(b"no picture")
+    (tmp_path / "data" / "images" / "000000442450.jpg").write_bytes(b"no image")
     result = hpetr("eval", checkpoint, tmp_path / "data", "--output", tmp_path / "eval.json")
     assert_bad_input(result, "000000442450.jpg")
     assert not (tmp_path / "eval.json").exists()

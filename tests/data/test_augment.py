@@ -52,8 +52,8 @@ def sample_with_a_dot(x, y, height=120, width=160):
     sample.keypoints[0, 1] = (x, y, 2)
     sample.boxes[:] = (x - 5, y - 5, x + 5, y + 5)
     sample.image[:] = 0
-    centre = (round(x * 256 - 128), round(y * 256 - 128))  # OpenCV counts from the centre of the first pixel
-    cv2.circle(sample.image, centre, 3 * 256, (255, 255, 255), cv2.FILLED, cv2.LINE_AA, 8)
+    center = (round(x * 256 - 128), round(y * 256 - 128))  # OpenCV counts from the center of the first pixel
+    cv2.circle(sample.image, center, 3 * 256, (255, 255, 255), cv2.FILLED, cv2.LINE_AA, 8)
     return sample
 
 
@@ -150,7 +150,7 @@ def test_rotating_there_and_back_returns_the_keypoints(angle, seed):
     np.testing.assert_allclose(back.areas, sample.areas, rtol=1e-5)
 
 
-def test_a_positive_angle_turns_clockwise_about_the_centre():
+def test_a_positive_angle_turns_clockwise_about_the_center():
     sample = make_sample(height=100, width=100, people=1)
     sample.keypoints[0, :4, :2] = [[50, 50], [90, 50], [50, 10], [60, 60]]
     result = RandomAffine(30)(sample, Given(1.0))  # 30 degrees; y points down
@@ -181,7 +181,7 @@ def test_shear_moves_both_axes_by_the_tangent():
 )
 @settings(max_examples=15, deadline=None)
 @given(x=st.floats(55, 105), y=st.floats(40, 80), seed=st.integers(0, 2**32 - 1))
-def test_the_picture_moves_exactly_as_the_keypoints_do(transform, x, y, seed):
+def test_the_image_moves_exactly_as_the_keypoints_do(transform, x, y, seed):
     result = transform(sample_with_a_dot(x, y), np.random.default_rng(seed))
     labelled = result.keypoints[0, result.keypoints[0, :, 2] > 0, :2]
     assert len(labelled) == 1
@@ -206,7 +206,7 @@ def test_people_who_leave_are_dropped_and_keypoints_outside_are_unlabelled():
     sample.boxes[:] = [[5, 5, 95, 95], [1, 1, 3, 3]]
     sample.ignore_boxes = np.array([[0, 0, 10, 10], [30, 30, 60, 60]], np.float32)
     shrink_view = RandomAffine(0, scale=(2, 2))
-    result = shrink_view(sample, np.random.default_rng(0))  # shows 25..75 of the picture
+    result = shrink_view(sample, np.random.default_rng(0))  # shows 25..75 of the image
     assert result.class_labels.tolist() == [0]
     expected = np.zeros((5, 3))
     expected[1:3] = sample.keypoints[0, 1:3]
@@ -232,7 +232,7 @@ def test_random_resize_stays_within_its_sides():
     assert max(RandomResize([100], 110)(make_sample(), rng).image.shape[:2]) == 110
 
 
-def test_crop_takes_the_whole_side_where_the_picture_is_smaller():
+def test_crop_takes_the_whole_side_where_the_image_is_smaller():
     crop = RandomCropResize(RandomResize([100], 1000), RandomResize([50], 1000), (384, 384), (60, 60))
     assert crop(make_sample(), np.random.default_rng(0)).image.shape == (83, 50, 3)  # a cut of 100 x 60
 
@@ -243,7 +243,7 @@ def test_one_of_takes_each_of_its_transforms():
     assert {one_of(make_sample(), rng).image.shape[0] for _ in range(20)} == {40, 60}
 
 
-def test_photometric_distortion_changes_colours_within_its_limits():
+def test_photometric_distortion_changes_colors_within_its_limits():
     sample = make_sample()
     sample.image[:] = (100, 120, 140)
     rng = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def test_photometric_distortion_changes_colours_within_its_limits():
     assert results.min() >= (100 - 32) * 0.5 - 30
     assert results.max() <= (140 + 32) * 1.5 + 30
     assert results.std(axis=0).min() > 15
-    assert (results == (100, 120, 140)).all(axis=1).any()  # one in sixteen leaves the picture as it is
+    assert (results == (100, 120, 140)).all(axis=1).any()  # one in sixteen leaves the image as it is
 
 
 def test_photometric_distortion_turns_the_hue():
@@ -268,7 +268,7 @@ def test_photometric_distortion_turns_the_hue():
     assert min(greens + blues) == 100
 
 
-def published_colour(rgb, shift, before, saturation, after):
+def published_color(rgb, shift, before, saturation, after):
     """One pixel, 0..255, by the definition in the standard library."""
     red, green, blue = (max(0.0, (value + shift) * before) for value in rgb)
     hue, strength, value = colorsys.rgb_to_hsv(red, green, blue)
@@ -283,7 +283,7 @@ def test_photometric_distortion_follows_the_published_steps():
     contrasts = ((1, 1), (1.4, 1), (1, 1.4))
     combinations = [(before, saturation, after) for before, after in contrasts for saturation in (1, 1.5)]
     pixels = sample.image.reshape(-1, 3)
-    expected = np.array([[published_colour(rgb, 0, *combination) for rgb in pixels] for combination in combinations])
+    expected = np.array([[published_color(rgb, 0, *combination) for rgb in pixels] for combination in combinations])
     seen = set()
     for seed in range(60):
         result = distort(sample, np.random.default_rng(seed)).image.reshape(-1, 3)
@@ -317,7 +317,7 @@ def test_evaluation_resize_is_the_processors():
     np.testing.assert_array_equal(np.rint(values.transpose(1, 2, 0) * 255), resized.image)
 
 
-def test_mosaic_shows_four_pictures_with_their_people_in_place():
+def test_mosaic_shows_four_images_with_their_people_in_place():
     """Dots come out where their keypoints say; areas scale with the square; nobody leaves their quarter."""
     sizes, dots = [(120, 160), (200, 100), (80, 80), (150, 170)], [(30, 40), (60, 150), (40.5, 40.5), (100, 20)]
     samples = [sample_with_a_dot(*dot, *size) for dot, size in zip(dots, sizes, strict=True)]

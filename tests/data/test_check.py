@@ -1,4 +1,4 @@
-"""The check, shared pictures and sigmas, on small data sets with known faults."""
+"""The check, shared images and sigmas, on small data sets with known faults."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hpetr.cli.main import app
 from hpetr.data import open_dataset
-from hpetr.data.check import check_dataset, equal_files, shared_pictures
+from hpetr.data.check import check_dataset, equal_files, shared_images
 from hpetr.data.sigmas import estimate_sigmas
 from hpetr.errors import InputError
 from paths import TINY
@@ -57,8 +57,8 @@ def test_clean_data_set(tmp_path, content):
     assert report.accepted
     assert report.findings == []
     assert report.lines()[1:] == [
-        "training uses 2 people in 2 pictures",
-        "training takes as background 1 pictures without people",
+        "training uses 2 people in 2 images",
+        "training takes as background 1 images without people",
     ]
 
 
@@ -78,10 +78,10 @@ def test_every_fault_is_counted_at_once(tmp_path, content):
     ]
     content["images"] += [{**content["images"][0], "id": 4}, {**content["images"][0], "id": 4}]
     path = write(tmp_path, content)
-    pictures = tmp_path / "images"
-    (pictures / "1.png").unlink()
-    (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:900])
-    Image.new("RGB", (41, 30)).save(pictures / "3.png")
+    images = tmp_path / "images"
+    (images / "1.png").unlink()
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:900])
+    Image.new("RGB", (41, 30)).save(images / "3.png")
     report = check_dataset(path)
     assert not report.accepted
     assert kinds(report, "error") == {
@@ -96,15 +96,15 @@ def test_every_fault_is_counted_at_once(tmp_path, content):
         "duplicate annotation id": 1,
         "wrong 'id'": 1,
         "missing 'bbox'": 1,
-        "missing picture": 2,
-        "unreadable picture": 1,
-        "picture of another size": 1,
+        "missing image": 2,
+        "unreadable image": 1,
+        "image of another size": 1,
     }
     assert report.lines()[-1] == "training refuses this data set: 16 errors"
     assert any("annotation 5: 'keypoints' has 3 numbers, expected 9" in line for line in report.lines())
     with pytest.raises(InputError, match=r"\(and 13 more: `hpetr data check` lists them\)"):
         open_dataset(path)
-    assert "unreadable picture" not in kinds(check_dataset(path, pictures=False), "error")
+    assert "unreadable image" not in kinds(check_dataset(path, images=False), "error")
 
 
 def test_what_training_accepts_but_nobody_means(tmp_path, content):
@@ -124,19 +124,19 @@ def test_what_training_accepts_but_nobody_means(tmp_path, content):
     assert kinds(report, "warning") == {
         "no sigmas": 1,
         "no flip pair": 1,
-        "people with keypoints outside their picture, taken as not labelled": 1,
+        "people with keypoints outside their image, taken as not labelled": 1,
         "people with keypoints far from their own box": 1,
-        "boxes that reach outside their picture, clipped": 2,
+        "boxes that reach outside their image, clipped": 2,
         "people labelled twice": 1,
-        "groups of pictures with equal content": 1,
+        "groups of images with equal content": 1,
     }
     assert sorted(kinds(report, "note").values()) == [1, 1]
     text = "\n".join(report.lines())
     assert "annotation 3: nearly the keypoints of annotation 1" in text
     assert "annotation 5: 'left_ear' at 1, 1" in text
-    assert "training uses 6 people in 3 pictures" in text
+    assert "training uses 6 people in 3 images" in text
     assert "training ignores 2 regions" in text
-    assert "training ignores 1 keypoints outside their picture" in text
+    assert "training ignores 1 keypoints outside their image" in text
 
 
 def test_people_side_by_side_are_not_one_person():
@@ -149,7 +149,7 @@ def test_missing_folder_does_not_hide_the_rest(tmp_path, content):
     content["annotations"][0]["area"] = 0
     path = write(tmp_path, content)
     shutil.rmtree(tmp_path / "images")
-    assert kinds(check_dataset(path), "error") == {"area not positive": 1, "no folder of pictures": 1}
+    assert kinds(check_dataset(path), "error") == {"area not positive": 1, "no folder of images": 1}
 
 
 def test_invalid_skeleton_is_one_error(tmp_path, content):
@@ -186,20 +186,20 @@ def test_command_checks_all_splits_and_fails_only_on_errors(tmp_path):
     assert nowhere.stderr.count("\n") == 1
 
 
-# --- pictures in two data sets
+# --- images in two data sets
 
 
-def test_shared_pictures_by_file_and_by_content(tmp_path, content):
+def test_shared_images_by_file_and_by_content(tmp_path, content):
     train = write(tmp_path / "train", content)
     val = write(tmp_path / "val", content)
-    assert shared_pictures([open_dataset(train)], open_dataset(val)) == []
+    assert shared_images([open_dataset(train)], open_dataset(val)) == []
     shutil.copy(tmp_path / "train" / "images" / "1.png", tmp_path / "val" / "images" / "2.png")
     (tmp_path / "val" / "images" / "3.png").unlink()
     (tmp_path / "val" / "images" / "3.png").symlink_to(tmp_path / "train" / "images" / "3.png")
-    shared = shared_pictures([open_dataset(train)], open_dataset(val))
+    shared = shared_images([open_dataset(train)], open_dataset(val))
     assert [path.name for path in shared] == ["2.png", "3.png"]
     assert shared[0].is_relative_to(tmp_path / "val")
-    assert len(shared_pictures([open_dataset(TINY), open_dataset(train)], open_dataset(train))) == 3
+    assert len(shared_images([open_dataset(TINY), open_dataset(train)], open_dataset(train))) == 3
 
 
 def test_equal_size_is_not_equal_content(tmp_path):

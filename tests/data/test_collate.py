@@ -36,7 +36,7 @@ def test_batch_has_the_processors_pixels_and_the_samples_labels():
     assert torch.equal(first["keypoints"], torch.from_numpy(samples[0].keypoints))
     assert (first["boxes"].shape, first["areas"].shape, first["ignore_boxes"].shape) == ((2, 4), (2,), (1, 4))
     assert first["class_labels"].dtype == torch.int64
-    assert batch["pictures"] == [(80, "80.png"), (120, "120.png")]
+    assert batch["images"] == [(80, "80.png"), (120, "120.png")]
     assert second["keypoints"].shape == (0, 4, 3)
     assert second["boxes"].shape == (0, 4)
 
@@ -56,7 +56,7 @@ def test_worker_processes_give_the_same_batches():
     assert len(here) == len(there) == 2
     for expected, batch in zip(here, there, strict=True):
         assert type(batch) is dict
-        assert batch["pictures"] == expected["pictures"]
+        assert batch["images"] == expected["images"]
         for key in ("pixel_values", "pixel_mask"):
             assert batch[key].equal(expected[key])
             assert batch[key].dtype == expected[key].dtype

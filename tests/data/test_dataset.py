@@ -40,14 +40,14 @@ def content():
 
 def write(folder, content):
     (folder / "images" / "sub").mkdir(parents=True, exist_ok=True)
-    for picture in CONTENT["images"]:
-        Image.new("RGB", (picture["width"], picture["height"])).save(folder / "images" / picture["file_name"])
+    for image in CONTENT["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(folder / "images" / image["file_name"])
     path = folder / "annotations.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
-def test_people_crowds_and_empty_pictures(tmp_path, content):
+def test_people_crowds_and_empty_images(tmp_path, content):
     dataset = CocoPoseDataset(write(tmp_path, content))
     assert len(dataset) == 2
     assert dataset.category["name"] == "cat"
@@ -58,12 +58,12 @@ def test_people_crowds_and_empty_pictures(tmp_path, content):
     assert sample.keypoints.dtype == np.float32
     assert sample.keypoints.tolist() == [
         [[6, 7, 2], [9, 9, 1], [0, 0, 0]],
-        [[12, 12, 2], [0, 0, 0], [0, 0, 0]],  # the second is outside the picture
+        [[12, 12, 2], [0, 0, 0], [0, 0, 0]],  # the second is outside the image
     ]
     assert sample.boxes.tolist() == [[5, 5, 15, 25], [10, 10, 30, 20]]
     assert sample.areas.tolist() == pytest.approx([99, 0.53 * 200])
     assert sample.class_labels.tolist() == [0, 0]
-    assert sample.ignore_boxes.tolist() == [[30, 10, 40, 20], [1, 1, 3, 3]]  # clipped to the picture
+    assert sample.ignore_boxes.tolist() == [[30, 10, 40, 20], [1, 1, 3, 3]]  # clipped to the image
     assert empty.keypoints.shape == (0, 3, 3)
     assert empty.boxes.shape == empty.ignore_boxes.shape == (0, 4)
     assert dataset[-1].image_id == empty.image_id == 3
@@ -73,29 +73,29 @@ def test_report_counts_what_is_left_out(tmp_path, content):
     content["categories"].append({"id": 9, "name": "car"})
     content["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 1, 1]})
     report = CocoPoseDataset(write(tmp_path, content)).report
-    assert (report.pictures, report.pictures_without_people, report.people) == (2, 1, 2)
+    assert (report.images, report.images_without_people, report.people) == (2, 1, 2)
     assert (report.people_without_keypoints, report.crowds, report.boxes_without_extent) == (2, 1, 1)
     assert (report.keypoints_outside, report.filled_areas, report.other_categories) == (1, 4, 1)
-    assert str(report).startswith("2 pictures, 1 pictures without people, 2 people, 2 people without keypoints")
+    assert str(report).startswith("2 images, 1 images without people, 2 people, 2 people without keypoints")
 
 
-def test_annotations_in_any_order_go_to_their_pictures(tmp_path, content):
+def test_annotations_in_any_order_go_to_their_images(tmp_path, content):
     content["annotations"].insert(
         0, {"id": 8, "image_id": 3, "category_id": 2, "bbox": [1, 1, 5, 5], "keypoints": [2, 2, 2] + [0] * 6}
     )
     dataset = CocoPoseDataset(write(tmp_path, content))
     assert [len(dataset[index].keypoints) for index in range(2)] == [2, 1]
-    assert dataset.report.pictures_without_people == 0
+    assert dataset.report.images_without_people == 0
 
 
-def test_limit_reads_only_the_first_pictures(tmp_path, content):
+def test_limit_reads_only_the_first_images(tmp_path, content):
     path = write(tmp_path, content)
     (tmp_path / "images" / "sub" / "b.png").unlink()
     dataset = CocoPoseDataset(path, limit=1)
-    assert len(dataset) == dataset.report.pictures == 1
+    assert len(dataset) == dataset.report.images == 1
 
 
-def test_pictures_in_another_folder_and_pickling_for_workers(tmp_path, content):
+def test_images_in_another_folder_and_pickling_for_workers(tmp_path, content):
     path = write(tmp_path, content)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     dataset = pickle.loads(pickle.dumps(CocoPoseDataset(path, tmp_path / "elsewhere")))
@@ -188,7 +188,7 @@ def test_skeleton_with_another_number_of_keypoints(tmp_path, content):
         CocoPoseDataset(write(tmp_path, content), skeleton=COCO)
 
 
-def test_picture_of_another_size_than_annotated(tmp_path, content):
+def test_image_of_another_size_than_annotated(tmp_path, content):
     content["images"][0]["width"] = 41
     dataset = CocoPoseDataset(write(tmp_path, content))
     with pytest.raises(InputError, match=r"a\.png: is 40 x 30 pixels, expected 41 x 30"):
@@ -205,11 +205,11 @@ def test_several_problems_are_counted_after_the_first(tmp_path, content):
         CocoPoseDataset(write(tmp_path, content))
 
 
-def test_picture_paths_and_sizes(tmp_path, content):
+def test_image_paths_and_sizes(tmp_path, content):
     dataset = CocoPoseDataset(write(tmp_path, content))
-    assert dataset.picture_paths == [tmp_path / "images" / "a.png", tmp_path / "images" / "sub" / "b.png"]
-    assert dataset.picture_sizes.tolist() == [[40, 30], [20, 10]]
-    assert dataset[1].path == dataset.picture_paths[1]
+    assert dataset.image_paths == [tmp_path / "images" / "a.png", tmp_path / "images" / "sub" / "b.png"]
+    assert dataset.image_sizes.tolist() == [[40, 30], [20, 10]]
+    assert dataset[1].path == dataset.image_paths[1]
     with pytest.raises(IndexError):
         dataset[2]
 

@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from hpetr.data import CocoPoseDataset, YoloPoseDataset, load_image, open_dataset
 from hpetr.data.check import check_dataset
-from hpetr.data.yolo import label_file, picture_size, read_yolo
+from hpetr.data.yolo import image_size, label_file, read_yolo
 from hpetr.errors import InputError
 from hpetr.evaluation.evaluate import coco_metrics
 from hpetr.poses.skeleton import COCO
@@ -26,11 +26,11 @@ CONFIG = {
 
 
 def write(folder, labels, config=None, size=(40, 20)):
-    """A data set of one split: `labels` maps picture names to label texts, or None for no label file."""
+    """A data set of one split: `labels` maps image names to label texts, or None for no label file."""
     for name, text in labels.items():
-        picture = folder / "images" / "train" / name
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size).save(picture)
+        image = folder / "images" / "train" / name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(image)
         if text is not None:
             label = (folder / "labels" / "train" / name).with_suffix(".txt")
             label.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def test_people_classes_and_background(tmp_path):
     }
     dataset = open_dataset(write(tmp_path, labels), split="train")
     assert isinstance(dataset, YoloPoseDataset)
-    assert [path.name for path in dataset.picture_paths] == ["a.png", "b.png", "c.png"]
-    assert dataset.picture_sizes.tolist() == [[40, 20]] * 3
+    assert [path.name for path in dataset.image_paths] == ["a.png", "b.png", "c.png"]
+    assert dataset.image_sizes.tolist() == [[40, 20]] * 3
     empty, full, ignored = dataset[0], dataset[1], dataset[2]
     assert empty.keypoints.shape == (0, 2, 3)
     assert full.class_labels.tolist() == [1, 0]
@@ -59,7 +59,7 @@ def test_people_classes_and_background(tmp_path):
     assert len(ignored.keypoints) == 0
     assert len(ignored.ignore_boxes) == 1
     assert dataset.skeleton.flip_pairs == ((0, 1),)
-    assert (dataset.report.pictures_without_people, dataset.report.people_without_keypoints) == (2, 1)
+    assert (dataset.report.images_without_people, dataset.report.people_without_keypoints) == (2, 1)
     assert [c["name"] for c in dataset.ground_truth()["categories"]] == ["cat", "dog"]
 
 
@@ -96,8 +96,8 @@ def test_a_coco_data_set_written_as_yolo_reads_the_same(tmp_path):
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
     yolo = open_dataset(tmp_path, split="train")
     assert yolo.skeleton == coco.skeleton == COCO
-    order = {path.name: index for index, path in enumerate(yolo.picture_paths)}
-    for index, path in enumerate(coco.picture_paths):
+    order = {path.name: index for index, path in enumerate(yolo.image_paths)}
+    for index, path in enumerate(coco.image_paths):
         expected, found = coco[index], yolo[order[path.name]]
         np.testing.assert_array_equal(found.image, expected.image)
         np.testing.assert_allclose(found.keypoints, expected.keypoints, atol=1e-3)
@@ -107,11 +107,11 @@ def test_a_coco_data_set_written_as_yolo_reads_the_same(tmp_path):
     assert coco_metrics(yolo.ground_truth(), answer, COCO.sigmas)["AP"] == pytest.approx(1)
 
 
-def test_lists_of_pictures_and_of_folders(tmp_path):
+def test_lists_of_images_and_of_folders(tmp_path):
     path = write(tmp_path, {f"{name}/a.png": "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2" for name in ("one", "two")})
     (tmp_path / "list.txt").write_text("./images/train/two/a.png\n\nimages/train/one/a.png\n")
     path.write_text(yaml.safe_dump({**CONFIG, "train": ["images/train/one", "images/train/two"], "val": "list.txt"}))
-    folders = [[p.parent.name for p in open_dataset(path, split=split).picture_paths] for split in ("train", "val")]
+    folders = [[p.parent.name for p in open_dataset(path, split=split).image_paths] for split in ("train", "val")]
     assert folders == [["one", "two"], ["two", "one"]]
     (tmp_path / "list.txt").write_text("images/train/three/a.png\n./images/train/one/a.png")
     with pytest.raises(InputError, match=r"three.a\.png: no such file"):
@@ -119,15 +119,15 @@ def test_lists_of_pictures_and_of_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "label"),
+    ("image", "label"),
     [
         ("data/images/train/a.jpg", "data/labels/train/a.txt"),
         ("images/x/images/a.b.png", "images/x/labels/a.b.txt"),
-        ("pictures/a.jpg", "pictures/a.txt"),
+        ("images/a.jpg", "images/a.txt"),
     ],
 )
-def test_label_file(picture, label):
-    assert label_file(picture.replace("/", os.sep)) == label.replace("/", os.sep)
+def test_label_file(image, label):
+    assert label_file(image.replace("/", os.sep)) == label.replace("/", os.sep)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_flip_idx_that_is_no_involution(tmp_path):
 
 
 def test_no_label_file_at_all_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no picture has a label file, expected e\.g\. .*labels.train.a\.txt"):
+    with pytest.raises(InputError, match=r"no image has a label file, expected e\.g\. .*labels.train.a\.txt"):
         open_dataset(write(tmp_path, {"a.png": None}), split="train")
 
 
@@ -203,13 +203,13 @@ def test_split_is_for_yolo_alone(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_picture_size_is_that_of_the_loaded_picture(tmp_path, suffix, orientation):
+def test_image_size_is_that_of_the_loaded_image(tmp_path, suffix, orientation):
     path = tmp_path / f"a.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (30, 20)).save(path, **({} if suffix in ("bmp", "gif") else {"exif": exif}))
     height, width = load_image(path).shape[:2]
-    assert picture_size(path) == (width, height)
+    assert image_size(path) == (width, height)
     assert suffix in ("bmp", "gif") or (width > height) == (orientation != 6)
 
 
@@ -223,17 +223,17 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path):
         PngImagePlugin.putchunk(file, b"eXIf", exif.tobytes().removeprefix(b"Exif\x00\x00"))
     end = data.rindex(b"IEND") - 4
     late.write_bytes(data[:end] + (tmp_path / "chunk").read_bytes() + data[end:])
-    assert picture_size(plain) == (30, 20)
-    assert picture_size(late) == load_image(late).shape[1::-1] == (20, 30)
+    assert image_size(plain) == (30, 20)
+    assert image_size(late) == load_image(late).shape[1::-1] == (20, 30)
 
 
-def test_unreadable_pictures_are_problems_of_their_own(tmp_path):
+def test_unreadable_images_are_problems_of_their_own(tmp_path):
     path = write(tmp_path, {"a.png": "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2"})
-    (tmp_path / "images" / "train" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "train" / "a.png").write_bytes(b"no image")
     loaded = read_yolo(path, "train")
-    assert [problem.kind for problem in loaded.problems] == ["unreadable picture"]
+    assert [problem.kind for problem in loaded.problems] == ["unreadable image"]
     assert (len(loaded.images), len(loaded.ids)) == (0, 0)
-    with pytest.raises(InputError, match=r"a\.png: is not a picture"):
+    with pytest.raises(InputError, match=r"a\.png: is not an image"):
         open_dataset(path, split="train")
     check = check_dataset(path, split="train")
-    assert [finding.kind for finding in check.findings] == ["unreadable picture"]
+    assert [finding.kind for finding in check.findings] == ["unreadable image"]

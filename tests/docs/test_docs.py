@@ -66,10 +66,10 @@ def prose(page: Path) -> str:
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the examples name."""
-    picture = ROOT / "examples" / "000000000785.jpg"
+    image = ROOT / "examples" / "000000000785.jpg"
     for name in ("photo.jpg", "a.jpg", "b.jpg", "holiday/c.jpg", "photos/d.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(picture, tmp_path / name)
+        shutil.copy(image, tmp_path / name)
     make_clip(tmp_path / "clip.mp4", range(3))
     shutil.copytree(bundled_checkpoint(), tmp_path / "checkpoint-folder")
     for folder in ("examples", "recipes"):

@@ -1,4 +1,4 @@
-"""The pictures of docs/model.md: the hooks keep what the network really computes."""
+"""The images of docs/model.md: the hooks keep what the network really computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from hpetr import PosePredictor
 from paths import ROOT
 
-PICTURE = ROOT / "examples" / "000000000785.jpg"
+IMAGE = ROOT / "examples" / "000000000785.jpg"
 sys.path.insert(0, str(ROOT / "docs" / "figures"))
 
 from make_model_figures import Trace, trace, write_figures  # noqa: E402
@@ -25,11 +25,11 @@ def predictor(checkpoint: Path) -> PosePredictor:
 
 @pytest.fixture(scope="module")
 def traced(predictor: PosePredictor) -> Trace:
-    return trace(predictor, PICTURE)
+    return trace(predictor, IMAGE)
 
 
 def test_the_last_poses_are_those_of_the_prediction(predictor: PosePredictor, traced: Trace) -> None:
-    result = predictor(PICTURE)
+    result = predictor(IMAGE)
     height, width = result.image_size
     np.testing.assert_allclose(traced.after.clip(0, [width, height]), result.keypoints, atol=1e-2)
     np.testing.assert_allclose(traced.final_scores, result.scores, atol=1e-6)
@@ -49,15 +49,15 @@ def test_pose_attention_of_an_untrained_model_looks_exactly_at_its_joints(traced
 
 def test_the_best_tokens_are_the_queries(traced: Trace) -> None:
     heat = np.concatenate([level.ravel() for level in traced.heat])
-    assert len(traced.centres) == len(traced.proposals) == 20
+    assert len(traced.centers) == len(traced.proposals) == 20
     assert heat.max() == pytest.approx(np.sort(heat)[-1])
-    height, width = traced.picture.shape[:2]
-    inside = (traced.centres > 0).all(-1) & (traced.centres < [width, height]).all(-1)
+    height, width = traced.image.shape[:2]
+    inside = (traced.centers > 0).all(-1) & (traced.centers < [width, height]).all(-1)
     assert inside.any()
 
 
-def test_pictures_are_written(traced: Trace, tmp_path: Path) -> None:
+def test_images_are_written(traced: Trace, tmp_path: Path) -> None:
     for path in write_figures(traced, tmp_path, threshold=0.0):
-        with Image.open(path) as picture:
-            assert min(picture.size) > 300
-            assert np.asarray(picture).std() > 20
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+            assert np.asarray(image).std() > 20

@@ -61,7 +61,7 @@ def test_nothing_is_loaded_from_other_servers(site: Path) -> None:
 
 def test_the_reference_shows_signatures_and_descriptions(site: Path) -> None:
     text = " ".join(Loads(site / "api" / "index.html").text)
-    assert "A model that takes pictures and gives poses." in text  # PosePredictor's docstring
+    assert "A model that takes images and gives poses." in text  # PosePredictor's docstring
     assert "post_process_pose_estimation" in text
 
 

@@ -21,7 +21,7 @@ from hpetr.images.read import load_image
 from hpetr.inference.torch_predictor import predict_batch
 from paths import EXAMPLES
 
-PICTURE = EXAMPLES / "000000000785.jpg"
+IMAGE = EXAMPLES / "000000000785.jpg"
 NETWORK = ("backbone and neck", "encoder", "proposals", "pose decoder", "joint decoder")
 
 
@@ -35,7 +35,7 @@ def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     figures = json.loads(file.read_text())
     assert figures.keys() == {field.name for field in fields(Benchmark)}
-    assert (figures["picture"], figures["input"]) == ([192, 256], [96, 128])
+    assert (figures["image"], figures["input"]) == ([192, 256], [96, 128])
     assert (figures["weights"], figures["batch"], figures["repeats"], figures["threads"]) == ("checkpoint", 1, 3, 1)
 
     stages = {stage["name"]: stage for stage in figures["stages"]}
@@ -47,7 +47,7 @@ def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
     whole = figures["whole"]["median"]
     named = sum(stages[name]["seconds"]["median"] for name in STAGES)
     assert 0.5 * whole < named <= 1.1 * whole
-    assert figures["pictures_per_second"] == pytest.approx(1 / whole)
+    assert figures["images_per_second"] == pytest.approx(1 / whole)
 
     # What is counted: all FLOPs of `hpetr info`, in the network's stages only.
     assert {name for name, stage in stages.items() if stage["flops"]} == set(NETWORK)
@@ -61,24 +61,24 @@ def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
     assert stages["decode"]["copy_share"] is None
     assert 0 < figures["loaded_bytes"] <= figures["peak_bytes"]
 
-    for name in (*STAGES, OTHER, "whole", "pictures per second", "peak memory", "GFLOP/s"):
+    for name in (*STAGES, OTHER, "whole", "images per second", "peak memory", "GFLOP/s"):
         assert name in done.stdout
 
 
-def test_batch_of_a_checkpoint_on_a_picture(checkpoint: Path) -> None:
+def test_batch_of_a_checkpoint_on_a_image(checkpoint: Path) -> None:
     done: list[int] = []
-    result = benchmark(str(checkpoint), batch=2, repeats=1, device="cpu", image=PICTURE, progress=done.append)
+    result = benchmark(str(checkpoint), batch=2, repeats=1, device="cpu", image=IMAGE, progress=done.append)
     assert len(done) == 4
-    assert result.picture == load_image(PICTURE).shape[:2] == (425, 640)
+    assert result.image == load_image(IMAGE).shape[:2] == (425, 640)
     assert result.input == (128, 192)  # both limits of the checkpoint's processor
-    assert result.pictures_per_second == pytest.approx(2 / result.whole.median)
+    assert result.images_per_second == pytest.approx(2 / result.whole.median)
     model, processor = load_checkpoint(checkpoint, "cpu")
     assert sum(s.flops for s in result.stages) == sum(
         f[0] for f in count_flops(model.config, 2, *result.input).values()
     )
     # Every mark is gone: the path is as it was.
     assert not {"preprocess", "post_process_pose_estimation"} & processor.__dict__.keys()
-    assert len(predict_batch(model, processor, [load_image(PICTURE)])[0]) == 10
+    assert len(predict_batch(model, processor, [load_image(IMAGE)])[0]) == 10
 
 
 def test_preset_gets_random_weights_and_leaves_the_random_numbers() -> None:
@@ -133,7 +133,7 @@ def test_marks_and_bytes() -> None:
         (["--threads", "0"], "threads is 0, expected at least 1"),
         (["--device", "cuda:99"], "device cuda:99: not available here"),
         (["--image", "none.jpg"], "none.jpg: no such file"),
-        (["--json", str(PICTURE / "x.json")], "cannot be used as output folder"),
+        (["--json", str(IMAGE / "x.json")], "cannot be used as output folder"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
@@ -147,5 +147,5 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 def test_broken_picture_is_named(tmp_path: Path) -> None:
     file = tmp_path / "half.jpg"
     file.write_bytes(cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()[:200])
-    with pytest.raises(InputError, match=r"half\.jpg: .*(truncated|not a picture)"):
+    with pytest.raises(InputError, match=r"half\.jpg: .*(truncated|not an image)"):
         benchmark(image=file)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tiny_model import people, tiny_model
 
 HEIGHT, WIDTH = 64, 96
-PEOPLE = [5, 0, 1, 2]  # unequal halves, and a picture with nobody
+PEOPLE = [5, 0, 1, 2]  # unequal halves, and an image with nobody
 
 
 def whole_batch() -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -22,7 +22,7 @@ def whole_batch() -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 
 def step(model: torch.nn.Module, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of some pictures of the batch."""
+    """Loss and gradients of some images of the batch."""
     pixels, labels = whole_batch()
     loss = model(pixels[part], None, labels[part]).loss
     loss.backward()

@@ -29,11 +29,11 @@ from hpetr.poses.skeleton import COCO, CROWDPOSE
 from paths import TINY
 
 
-def made_ground_truth(num_keypoints: int, seed: int = 0, pictures: int = 12) -> dict[str, Any]:
-    """People of all sizes, a few crowds, people without keypoints, and a picture without people."""
+def made_ground_truth(num_keypoints: int, seed: int = 0, images: int = 12) -> dict[str, Any]:
+    """People of all sizes, a few crowds, people without keypoints, and an image without people."""
     rng = np.random.default_rng(seed)
     annotations = []
-    for image_id in range(1, pictures):
+    for image_id in range(1, images):
         for _ in range(int(rng.integers(1, 6))):
             x, y = rng.uniform(0, 400, 2)
             width, height = rng.uniform(20, 240, 2)
@@ -58,7 +58,7 @@ def made_ground_truth(num_keypoints: int, seed: int = 0, pictures: int = 12) -> 
             )
     names = [f"joint {index}" for index in range(num_keypoints)]
     return {
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 640} for i in range(1, pictures + 1)],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 640} for i in range(1, images + 1)],
         "annotations": annotations,
         "categories": [{"id": 3, "name": "thing", "keypoints": names}],
     }
@@ -161,7 +161,7 @@ def test_missing_area_is_taken_from_the_box() -> None:
     assert coco_metrics(without, results, COCO.sigmas) == pytest.approx(expected, abs=1e-12)
 
 
-def test_chosen_pictures_only() -> None:
+def test_chosen_images_only() -> None:
     truth = made_ground_truth(17)
     results = perturbed(truth, 17)
     chosen = [1, 2, 12]
@@ -184,7 +184,7 @@ def test_results_that_do_not_fit_are_refused() -> None:
         coco_metrics(made_ground_truth(5), [result], (0.1,) * 5)
 
 
-def test_model_on_real_pictures_writes_every_pose(checkpoint: Path, tmp_path: Path) -> None:
+def test_model_on_real_images_writes_every_pose(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
     dataset = CocoPoseDataset(TINY / "annotations.json")
     steps: list[int] = []
@@ -192,20 +192,20 @@ def test_model_on_real_pictures_writes_every_pose(checkpoint: Path, tmp_path: Pa
     result = evaluate(model, processor, dataset, batch_size=3, progress=steps.append)
     assert model.training, "the mode it came in"
     assert steps == [3, 1]
-    assert result.pictures == 4
+    assert result.images == 4
     assert len(result.results) == 4 * 10, "the processor's threshold must not cut an evaluation's poses"
     metrics_file = result.write(tmp_path / "eval.json", {"checkpoint": "random"})
     assert json.loads((tmp_path / "eval.json").read_text()) == result.results
     written = json.loads(metrics_file.read_text())
     assert {name: written[name] for name in METRICS} == result.metrics
-    assert written["pictures"] == 4
+    assert written["images"] == 4
     assert written["checkpoint"] == "random"
     again = coco_metrics(TINY / "annotations.json", json.loads((tmp_path / "eval.json").read_text()), COCO.sigmas)
     assert again == result.metrics
 
 
 def test_perfect_network_gets_perfect_figures(checkpoint: Path) -> None:
-    """The whole way from normalised output to AP: a network that answers with the annotations reaches 1."""
+    """The whole way from normalized output to AP: a network that answers with the annotations reaches 1."""
     model, processor = load_checkpoint(checkpoint, "cpu")
     dataset = CocoPoseDataset(TINY / "annotations.json")
 
@@ -225,14 +225,14 @@ def test_perfect_network_gets_perfect_figures(checkpoint: Path) -> None:
     assert evaluate(Oracle(), processor, dataset).metrics["AP"] == pytest.approx(1)
 
 
-def test_limit_evaluates_the_first_pictures(checkpoint: Path) -> None:
+def test_limit_evaluates_the_first_images(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
     result = evaluate(model, processor, CocoPoseDataset(TINY / "annotations.json", limit=2))
     assert {pose["image_id"] for pose in result.results} == {790, 129648}
-    assert result.pictures == 2
+    assert result.images == 2
 
 
-def test_unreadable_picture_stops_the_evaluation(checkpoint: Path, tmp_path: Path) -> None:
+def test_unreadable_image_stops_the_evaluation(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "data")
     broken = tmp_path / "data" / "images" / "000000433998.jpg"
     broken.write_bytes(broken.read_bytes()[:3000])
@@ -266,7 +266,7 @@ def test_keypoints_in_another_order_are_refused(checkpoint: Path, tmp_path: Path
 
 def crowded(seed: int = 0) -> dict[str, Any]:
     """CrowdPose's form: K = 14, crowdIndex, an `area` that is not to be used, num_keypoints of visible ones alone."""
-    truth = made_ground_truth(14, seed, pictures=24)
+    truth = made_ground_truth(14, seed, images=24)
     indices = [0, 0.05, 0.0999, 0.1, 0.11, 0.5, 0.79, 0.8, 0.8001, 0.95, 1, 0.3]
     for place, image in enumerate(truth["images"]):
         image["crowdIndex"] = indices[place % len(indices)]
@@ -312,7 +312,7 @@ def test_crowd_levels_have_their_borders_in_medium() -> None:
             crowd_levels({"images": [*images[:2], {"id": 3, "crowdIndex": wrong}]})
 
 
-def test_crowd_level_without_pictures_is_minus_one() -> None:
+def test_crowd_level_without_images_is_minus_one() -> None:
     truth = crowded()
     easy = [image["id"] for image in truth["images"] if image["crowdIndex"] < 0.1]
     figures = crowdpose_metrics(truth, perturbed(truth, 14), image_ids=easy)
@@ -339,7 +339,7 @@ def test_protocol_follows_the_crowd_index(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_eval_takes_yolo_data(checkpoint: Path, tmp_path: Path) -> None:
-    """The val split unless another is named; figures as for the same picture in COCO's form."""
+    """The val split unless another is named; figures as for the same image in COCO's form."""
     truth = json.loads((TINY / "annotations.json").read_text())
     image = truth["images"][0]
     people = [a for a in truth["annotations"] if a["image_id"] == image["id"] and a["num_keypoints"]]
@@ -358,7 +358,7 @@ def test_eval_takes_yolo_data(checkpoint: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["eval", str(checkpoint), str(tmp_path / "data.yaml"), "--output", str(output)])
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "eval.metrics.json").read_text())
-    assert (written["pictures"], written["protocol"], written["poses"]) == (1, "coco", 10)
+    assert (written["images"], written["protocol"], written["poses"]) == (1, "coco", 10)
     assert written["AP"] >= 0, "the people of the label file are there to find"
     wrong = CliRunner().invoke(app, ["eval", str(checkpoint), str(tmp_path / "data.yaml"), "--split", "dev"])
     assert wrong.exit_code == 2
@@ -395,10 +395,10 @@ Path(folder, f"rank{processes.rank()}.json").write_text(json.dumps(about))
 
 
 def test_two_processes_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> None:
-    """Real processes: 3 pictures for two, whole batches only, an unreadable picture, too few, and not the same."""
+    """Real processes: 3 images for two, whole batches only, an unreadable image, too few, and not the same."""
     (tmp_path / "together.py").write_text(TOGETHER)
     shutil.copytree(TINY, tmp_path / "broken")
-    (tmp_path / "broken" / "images" / "000000442450.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken" / "images" / "000000442450.jpg").write_bytes(b"no image")
     cases = {
         "uneven": [str(TINY), "--limit", "3", "--batch-size", "1"],
         "batches": [str(TINY), "--batch-size", "3", "--flip-test"],
@@ -414,12 +414,12 @@ def test_two_processes_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    differ = "2 pictures in batches of 1, but process 1 has 3 in batches of 1; expected the same of all processes"
+    differ = "2 images in batches of 1, but process 1 has 3 in batches of 1; expected the same of all processes"
     assert [rank["codes"] for rank in ranks] == [[0, 0, 2, 2, f"{TINY / 'annotations.json'}: {differ}"]] * 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2, "only one process speaks"
     assert "000000442450.jpg" in errors[0]
-    assert "pictures: 1, processes: 2; expected at least one picture per process" in errors[1]
+    assert "images: 1, processes: 2; expected at least one image per process" in errors[1]
     assert done.stdout.count("AP50 ") == 2
     assert not (tmp_path / "unreadable.json").exists()
 

@@ -68,7 +68,7 @@ def test_official_file_is_loaded_by_its_tensors_alone(state: dict[str, torch.Ten
 
 
 def test_table_of_a_folder(state: dict[str, torch.Tensor], checkpoint: Path, tmp_path: Path) -> None:
-    """One model of the zoo, small pictures for speed; the others are reported and counted."""
+    """One model of the zoo, small images for speed; the others are reported and counted."""
     zoo = tmp_path / "zoo"
     processor = HPetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
     save_checkpoint(load_official(state, "petr-r50"), processor, zoo / "mine")
@@ -86,7 +86,7 @@ def test_table_of_a_folder(state: dict[str, torch.Tensor], checkpoint: Path, tmp
     assert row.split() == ["mine", "petr-r50", f"{ap:.4f}", "0.693", "(0.688)", f"{ap - 0.693:+.4f}"]
     assert score["preset"] == "petr-r50"
     assert score["difference"] == pytest.approx(ap - 0.693)
-    assert (score["pictures"], score["protocol"], score["processes"]) == (2, "coco", 1)
+    assert (score["images"], score["protocol"], score["processes"]) == (2, "coco", 1)
     assert [Path(entry["checkpoint"]).name for entry in written["left_out"]] == ["half.pth", "nano"]
     assert "half.pth" in done.stderr
     assert "nano: is none of the zoo's models" in done.stderr

@@ -25,7 +25,7 @@ from hpetr.inference.open import open_predictor
 from hpetr.runtime import ExportedPredictor
 from hpetr.runtime.description import KEY, ModelDescription
 from hpetr.runtime.engine import load_engine
-from hpetr.runtime.pictures import read_picture
+from hpetr.runtime.images import read_image
 from paths import EXAMPLES
 from tiny_model import TINY, TINY_RESNET
 
@@ -53,7 +53,7 @@ SHORT = {
 DIVISORS = {"nano": 32, "published": 1, "short": 32}
 CONFIGS = {"nano": HPetrConfig.preset("h-petr-nano", **NANO), "published": HPetrConfig(**PUBLISHED)}
 CONFIGS["short"] = HPetrConfig(**SHORT)
-TOLERANCE = {"atol": 2e-5, "rtol": 0}  # of shares of a picture: 0.01 pixels of 500
+TOLERANCE = {"atol": 2e-5, "rtol": 0}  # of shares of an image: 0.01 pixels of 500
 
 
 def make_model(name: str) -> HPetrForPoseEstimation:
@@ -101,11 +101,11 @@ def test_network_gives_torchs_numbers(exported: Exported) -> None:
     """Of sizes and batches other than those of the translation, with padding and without."""
     engine, processor = load_engine(exported.file), exported.processor
     for count, (height, width) in ((1, (96, 128)), (1, (160, 224)), (3, (224, 96)), (2, (101, 203))):
-        pictures = [
+        images = [
             resize_image(load_image(path), height - 11 * i, width - 17 * i) for i, path in enumerate(PHOTOS[:count])
         ]
         batch = normalize_and_pad(
-            pictures, processor.image_mean, processor.image_std, processor.pad_size_divisor
+            images, processor.image_mean, processor.image_std, processor.pad_size_divisor
         )  # (B, 3, H, W) and (B, H, W)
         found = {name: torch.from_numpy(values) for name, values in engine.run(*batch).items()}
         with torch.inference_mode():
@@ -285,7 +285,7 @@ def test_bad_files_are_one_line(exported: Exported, tmp_path: Path) -> None:
         (["export", "--format", "torch-export", "--half"], "--half: is for onnx and openvino"),
         (["export", "--output", "model.bin"], "model.bin: expected the name of a file that ends in .onnx"),
         (["export", "nowhere"], "nowhere: no such folder"),
-        (["predict", "model.onnx"], "model.onnx: a model without pictures"),
+        (["predict", "model.onnx"], "model.onnx: a model without images"),
         (["predict", "a.onnx", "b.onnx", "photo.jpg"], "2 models (a.onnx, b.onnx), expected one"),
     ],
 )
@@ -300,7 +300,7 @@ def test_bad_commands_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_are_read_as_with_pillow(tmp_path: Path) -> None:
+def test_images_are_read_as_with_pillow(tmp_path: Path) -> None:
     upright = Image.open(PHOTOS[0]).resize((60, 40))
     exif = upright.getexif()
     exif[0x0112] = 6  # a quarter turn
@@ -308,9 +308,9 @@ def test_pictures_are_read_as_with_pillow(tmp_path: Path) -> None:
     upright.convert("L").save(tmp_path / "grey.png")
     upright.convert("RGBA").save(tmp_path / "clear.png")
     for path in (*PHOTOS[:2], *tmp_path.iterdir()):
-        assert (read_picture(path) == load_image(path)).all(), path
-        assert (read_picture(path.read_bytes()) == load_image(path)).all(), path
+        assert (read_image(path) == load_image(path)).all(), path
+        assert (read_image(path.read_bytes()) == load_image(path)).all(), path
     whole = PHOTOS[0].read_bytes()
-    for broken in (b"", b"no picture", whole[: len(whole) // 2]):
-        with pytest.raises(InputError, match=r"truncated|not a picture"):
-            read_picture(broken)
+    for broken in (b"", b"no image", whole[: len(whole) // 2]):
+        with pytest.raises(InputError, match=r"truncated|not an image"):
+            read_image(broken)

@@ -1,4 +1,4 @@
-"""The HTTP API against its own description: schemathesis makes requests of it, and pictures are mutated."""
+"""The HTTP API against its own description: schemathesis makes requests of it, and images are mutated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from starlette.testclient import TestClient
-from test_fuzzed_pictures import FORMATS, encoded
+from test_fuzzed_images import FORMATS, encoded
 
 from hpetr import HPetrImageProcessor, PosePredictor
 from hpetr.checkpoints.folder import save_checkpoint
@@ -69,11 +69,11 @@ def test_uploads(client: TestClient, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(FORMATS)))
     content = data.draw(mutated_bytes(encoded(name), first=200))
     threshold = data.draw(st.sampled_from(["", "0.5", "0", "1", "2", "-1", "nan", "x", "1e999", "é"]))
-    with success_or_one_line("HTTP API, mutated pictures"):
+    with success_or_one_line("HTTP API, mutated images"):
         if data.draw(st.booleans()):
             answer = client.post("/v1/predict", content=content, params={"threshold": threshold})
         else:
-            field = data.draw(st.sampled_from(["file", "file", "file", "picture", ""]))
+            field = data.draw(st.sampled_from(["file", "file", "file", "image", ""]))
             files = {field: (data.draw(st.text(max_size=3)), content)}
             answer = client.post("/v1/predict", files=files, params={"threshold": threshold})
         assert answer.status_code in {200, 400, 413, 415, 422}, answer.text

@@ -19,7 +19,7 @@ from hpetr.checkpoints.folder import CONFIG, PROCESSOR, WEIGHTS, load_config, sa
 from hpetr.checkpoints.official import read_official
 from tiny_model import tiny_model
 
-PICTURE = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def use(whole: Path, folder: Path, name: str, content: bytes) -> None:
     """Predict with a checkpoint one of whose files has this content."""
     for file in (CONFIG, PROCESSOR, WEIGHTS):
         (folder / file).write_bytes(content if file == name else (whole / file).read_bytes())
-    result = PosePredictor(folder, device="cpu")(PICTURE)
+    result = PosePredictor(folder, device="cpu")(IMAGE)
     assert np.isfinite(result.keypoints).all()
     json.dumps(result.to_coco(1), allow_nan=False)
 

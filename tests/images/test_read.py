@@ -68,7 +68,7 @@ def test_sixteen_bits_are_scaled_not_cut(tmp_path):
         assert load_image(source)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_sixteen_bit_colour_png(tmp_path):
+def test_sixteen_bit_color_png(tmp_path):
     rows = b"\0" + struct.pack(">6H", 65535, 0, 32896, 257, 65535, 0)
 
     def chunk(kind, data):
@@ -81,7 +81,7 @@ def test_sixteen_bit_colour_png(tmp_path):
 
 
 def test_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image(tmp_path / "a.gif")[4, 4].tolist() == [255, 0, 0]
 
@@ -143,7 +143,7 @@ def test_broken_files_are_named_in_one_line(tmp_path, pixels):
     Image.fromarray(np.tile(pixels, (10, 10, 1))).save(whole, "JPEG")
     (tmp_path / "truncated.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "text.jpg").write_text("this is no image")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("truncated.jpg", "empty.jpg", "text.jpg", "folder.jpg", "missing.jpg"):
         with pytest.raises(InputError, match=name) as caught:
@@ -185,13 +185,13 @@ def test_keep_ratio_size_never_falls_below_one_pixel():
 def test_normalize_and_pad_is_the_formula(pixels):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     column = np.zeros((30, 4, 3), np.uint8)[3:, 2:3]  # one pixel wide, rows not next to each other
-    pictures = [pixels, resize_image(pixels, 100, 70), column]
-    values, mask = normalize_and_pad(pictures, mean, std, 32)
+    images = [pixels, resize_image(pixels, 100, 70), column]
+    values, mask = normalize_and_pad(images, mean, std, 32)
     assert values.shape == (3, 3, 128, 96)
     assert mask.shape == (3, 128, 96)
-    for picture, its_values, its_mask in zip(pictures, values, mask, strict=True):
-        height, width = picture.shape[:2]
+    for image, its_values, its_mask in zip(images, values, mask, strict=True):
+        height, width = image.shape[:2]
         assert its_mask.sum() == its_mask[:height, :width].sum() == height * width
         assert (its_values[:, its_mask == 0] == 0).all()
-        expected = (picture / 255.0 - mean) / std
+        expected = (image / 255.0 - mean) / std
         np.testing.assert_allclose(its_values[:, :height, :width], expected.transpose(2, 0, 1), rtol=1e-6, atol=1e-6)

@@ -23,7 +23,7 @@ TINY = EXAMPLES / "tiny-coco"
 
 
 def poses_in(boxes: list[list[float]], scores: list[float], seed: int = 0) -> PoseResult:
-    """Poses that fill these boxes of a picture 200 pixels wide."""
+    """Poses that fill these boxes of an image 200 pixels wide."""
     rng = np.random.default_rng(seed)
     corners = np.array(boxes, dtype=np.float32)
     share = rng.random((len(boxes), 17, 2), dtype=np.float32)
@@ -119,12 +119,12 @@ def test_merging_keeps_whom_only_one_pass_found_and_lowers_doubles() -> None:
     np.testing.assert_array_equal(merged.keypoints[2], first.keypoints[0])
 
 
-def test_mirrored_picture_gives_the_mirrored_poses(checkpoint: Path) -> None:
+def test_mirrored_image_gives_the_mirrored_poses(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
-    pictures = [load_image(EXAMPLES / name) for name in ("000000000885.jpg", "000000239537.jpg")]
-    plain = predict_batch_flipped(model, processor, pictures)
-    flipped = predict_batch_flipped(model, processor, [picture[:, ::-1] for picture in pictures])
-    for one, other, alone in zip(plain, flipped, predict_batch(model, processor, pictures), strict=True):
+    images = [load_image(EXAMPLES / name) for name in ("000000000885.jpg", "000000239537.jpg")]
+    plain = predict_batch_flipped(model, processor, images)
+    flipped = predict_batch_flipped(model, processor, [image[:, ::-1] for image in images])
+    for one, other, alone in zip(plain, flipped, predict_batch(model, processor, images), strict=True):
         back = mirror_poses(other)
         assert 1 < len(one) <= model.config.num_poses
         np.testing.assert_allclose(back.scores, one.scores, atol=1e-5)
@@ -133,7 +133,7 @@ def test_mirrored_picture_gives_the_mirrored_poses(checkpoint: Path) -> None:
 
 
 def test_evaluation_with_a_perfect_network(checkpoint: Path) -> None:
-    """A network that answers with the people of the picture, and of its mirror image when it sees that one."""
+    """A network that answers with the people of the image, and of its mirror image when it sees that one."""
     model, processor = load_checkpoint(checkpoint, "cpu")
     dataset = CocoPoseDataset(TINY / "annotations.json")
 

@@ -17,12 +17,12 @@ from hpetr import HPetrImageProcessor, InputError, PosePredictor, PoseResult, Sk
 from hpetr.checkpoints.folder import load_checkpoint, save_checkpoint
 from hpetr.images.files import output_names, write_json
 from hpetr.images.read import load_image
-from hpetr.inference.files import find_pictures
+from hpetr.inference.files import find_images
 from hpetr.poses.draw import draw_poses, line_width, person_color
 from hpetr.poses.skeleton import COCO
 from paths import EXAMPLES
 
-PICTURE = EXAMPLES / "000000000885.jpg"
+IMAGE = EXAMPLES / "000000000885.jpg"
 OTHER = EXAMPLES / "000000329323.jpg"
 
 
@@ -49,11 +49,11 @@ def made_result(count: int, size: tuple[int, int] = (200, 300), path: Path | Non
     )
 
 
-def test_one_picture_gives_one_result_in_its_pixels(predictor: PosePredictor) -> None:
-    result = predictor(PICTURE)
-    height, width = load_image(PICTURE).shape[:2]
+def test_one_image_gives_one_result_in_its_pixels(predictor: PosePredictor) -> None:
+    result = predictor(IMAGE)
+    height, width = load_image(IMAGE).shape[:2]
     assert isinstance(result, PoseResult)
-    assert result.path == PICTURE
+    assert result.path == IMAGE
     assert result.image_size == (height, width)
     assert result.keypoints.shape == (10, 17, 2)
     assert result.keypoint_scores.shape == (10, 17)
@@ -62,36 +62,36 @@ def test_one_picture_gives_one_result_in_its_pixels(predictor: PosePredictor) ->
     assert (np.diff(result.scores) <= 0).all()
     assert (result.keypoints >= 0).all()
     assert (result.keypoints <= (width, height)).all()
-    assert result.keypoints[..., 0].max() > 2, "normalised coordinates, expected pixels"
+    assert result.keypoints[..., 0].max() > 2, "normalized coordinates, expected pixels"
 
 
 def test_path_string_array_and_pil_image_agree(predictor: PosePredictor) -> None:
-    array = load_image(PICTURE)
-    results = predictor([PICTURE, str(PICTURE), array, Image.fromarray(array)])
+    array = load_image(IMAGE)
+    results = predictor([IMAGE, str(IMAGE), array, Image.fromarray(array)])
     for result in results[1:]:
         np.testing.assert_array_equal(result.keypoints, results[0].keypoints)
-    assert [result.path for result in results] == [PICTURE, PICTURE, None, None]
+    assert [result.path for result in results] == [IMAGE, IMAGE, None, None]
 
 
-def test_batch_gives_what_single_pictures_give(predictor: PosePredictor) -> None:
-    picture = load_image(PICTURE)
-    pictures = [picture, picture[:, ::-1], picture[::-1]]  # of one size: padding changes normalisation slightly
-    singles = predictor(pictures, batch_size=1)
-    batched = predictor(pictures, batch_size=2)
+def test_batch_gives_what_single_images_give(predictor: PosePredictor) -> None:
+    image = load_image(IMAGE)
+    images = [image, image[:, ::-1], image[::-1]]  # of one size: padding changes normalization slightly
+    singles = predictor(images, batch_size=1)
+    batched = predictor(images, batch_size=2)
     assert len(batched) == 3
     for one, many in zip(singles, batched, strict=True):
         np.testing.assert_allclose(many.scores, one.scores, atol=1e-5)
         np.testing.assert_allclose(many.keypoints, one.keypoints, atol=0.05)
-    assert np.abs(singles[0].keypoints - singles[1].keypoints).max() > 10, "pictures that tell the order"
+    assert np.abs(singles[0].keypoints - singles[1].keypoints).max() > 10, "images that tell the order"
 
 
-def test_pictures_of_different_sizes_in_one_batch(predictor: PosePredictor) -> None:
-    wide, tall = predictor([PICTURE, OTHER], batch_size=2)
-    for result, path in ((wide, PICTURE), (tall, OTHER)):
+def test_images_of_different_sizes_in_one_batch(predictor: PosePredictor) -> None:
+    wide, tall = predictor([IMAGE, OTHER], batch_size=2)
+    for result, path in ((wide, IMAGE), (tall, OTHER)):
         height, width = load_image(path).shape[:2]
         assert result.image_size == (height, width)
         assert (result.keypoints <= (width, height)).all()
-    assert tall.keypoints[..., 1].max() > wide.image_size[0], "scaled to another picture's size"
+    assert tall.keypoints[..., 1].max() > wide.image_size[0], "scaled to another image's size"
 
 
 def test_empty_list_gives_empty_list(predictor: PosePredictor) -> None:
@@ -100,15 +100,15 @@ def test_empty_list_gives_empty_list(predictor: PosePredictor) -> None:
 
 def test_batch_size_below_one_is_refused(predictor: PosePredictor) -> None:
     with pytest.raises(InputError, match="batch_size is 0"):
-        predictor([PICTURE], batch_size=0)
+        predictor([IMAGE], batch_size=0)
 
 
 def test_threshold_keeps_only_higher_scores(predictor: PosePredictor, checkpoint: Path) -> None:
-    scores = predictor(PICTURE).scores
+    scores = predictor(IMAGE).scores
     middle = float(scores[4])
     stricter = PosePredictor(checkpoint, device="cpu", threshold=middle)
-    np.testing.assert_array_equal(stricter(PICTURE).scores, scores[scores > middle])
-    assert len(PosePredictor(checkpoint, device="cpu", threshold=1.0)(PICTURE)) == 0
+    np.testing.assert_array_equal(stricter(IMAGE).scores, scores[scores > middle])
+    assert len(PosePredictor(checkpoint, device="cpu", threshold=1.0)(IMAGE)) == 0
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5])
@@ -143,12 +143,12 @@ def test_coco_results_have_the_official_fields() -> None:
     assert made_result(0).to_coco(1) == []
 
 
-def test_drawing_changes_the_picture_only_near_people() -> None:
+def test_drawing_changes_the_image_only_near_people() -> None:
     result = made_result(1)
-    picture = np.full((200, 300, 3), 128, np.uint8)
-    drawn = result.draw(picture)
-    assert (picture == 128).all(), "the picture given was painted on"
-    changed = np.argwhere((drawn != picture).any(-1))
+    image = np.full((200, 300, 3), 128, np.uint8)
+    drawn = result.draw(image)
+    assert (image == 128).all(), "the image given was painted on"
+    changed = np.argwhere((drawn != image).any(-1))
     x1, _, x2, y2 = result.boxes[0]
     assert len(changed) > 200
     assert changed[:, 1].max() < max(x2, x1 + 60) + 10
@@ -157,16 +157,16 @@ def test_drawing_changes_the_picture_only_near_people() -> None:
 
 def test_joints_below_the_threshold_and_their_limbs_are_not_drawn() -> None:
     result = made_result(1)
-    picture = np.full((200, 300, 3), 128, np.uint8)
+    image = np.full((200, 300, 3), 128, np.uint8)
     result.keypoint_scores[0, 1:] = 0.1
-    one_joint = (result.draw(picture) != result.draw(picture, keypoint_threshold=1.1)).any(-1)
+    one_joint = (result.draw(image) != result.draw(image, keypoint_threshold=1.1)).any(-1)
     x, y = result.keypoints[0, 0]
     rows, columns = np.nonzero(one_joint)
     assert len(rows) > 0
     assert np.hypot(columns - x, rows - y).max() < 12
 
 
-def test_every_person_has_its_own_colour_in_rgb() -> None:
+def test_every_person_has_its_own_color_in_rgb() -> None:
     colors = {person_color(index).as_hex() for index in range(60)}
     assert len(colors) == 60
     result = made_result(1)
@@ -175,27 +175,27 @@ def test_every_person_has_its_own_colour_in_rgb() -> None:
     assert ((drawn == (color.r, color.g, color.b)).all(-1)).sum() > 100
 
 
-def test_lines_grow_with_person_and_picture() -> None:
+def test_lines_grow_with_person_and_image() -> None:
     small, large = np.array([0, 0, 10, 20]), np.array([0, 0, 400, 600])
     assert line_width(small, (640, 480)) < line_width(large, (640, 480))
     assert line_width(large, (640, 480)) < line_width(large * 6, (3840, 2880))
     assert line_width(np.zeros(4), (8, 8)) == 1
 
 
-def test_drawing_needs_the_predicted_picture() -> None:
+def test_drawing_needs_the_predicted_image() -> None:
     with pytest.raises(InputError, match="did not come from a file"):
         made_result(1).draw()
     with pytest.raises(InputError, match="expected the predicted one's"):
         made_result(1).draw(np.zeros((50, 50, 3), np.uint8))
-    size = load_image(PICTURE).shape[:2]
-    assert made_result(1, size=size, path=PICTURE).draw().shape == (*size, 3)
+    size = load_image(IMAGE).shape[:2]
+    assert made_result(1, size=size, path=IMAGE).draw().shape == (*size, 3)
 
 
 def test_drawing_without_people_or_edges() -> None:
-    picture = np.full((200, 300, 3), 9, np.uint8)
-    np.testing.assert_array_equal(made_result(0).draw(picture), picture)
+    image = np.full((200, 300, 3), 9, np.uint8)
+    np.testing.assert_array_equal(made_result(0).draw(image), image)
     bare = made_result(1).__dict__ | {"skeleton": Skeleton.generic(17)}
-    assert (PoseResult(**bare).draw(picture) != picture).any()
+    assert (PoseResult(**bare).draw(image) != image).any()
 
 
 def test_results_file_survives_a_failed_write(tmp_path: Path) -> None:
@@ -207,17 +207,17 @@ def test_results_file_survives_a_failed_write(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_pictures_of_folders_globs_and_files_come_once(tmp_path: Path) -> None:
+def test_images_of_folders_globs_and_files_come_once(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.png", "notes.txt", "sub/c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_pictures([str(tmp_path), str(tmp_path / "*.png"), str(tmp_path / "notes.txt")])
+    found = find_images([str(tmp_path), str(tmp_path / "*.png"), str(tmp_path / "notes.txt")])
     assert [path.name for path in found] == ["a.png", "b.JPG", "notes.txt"]
     with pytest.raises(InputError, match="matches no file"):
-        find_pictures([str(tmp_path / "*.webp")])
+        find_images([str(tmp_path / "*.webp")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="sub-folders are not searched"):
-        find_pictures([str(tmp_path / "empty")])
+        find_images([str(tmp_path / "empty")])
 
 
 def test_equal_names_get_different_outputs() -> None:
@@ -304,4 +304,4 @@ def test_loaded_model_predicts_at_its_own_size(tmp_path: Path, checkpoint: Path)
     model, _ = load_checkpoint(checkpoint, "cpu")
     processor = HPetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, threshold=0.0)
     save_checkpoint(model, processor, tmp_path / "small")
-    assert len(PosePredictor(tmp_path / "small", device="cpu")(PICTURE)) == 10
+    assert len(PosePredictor(tmp_path / "small", device="cpu")(IMAGE)) == 10

@@ -32,7 +32,7 @@ def golden(request: pytest.FixtureRequest):
     return name, model, np.load(GOLDEN / f"{name}.npz"), json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def masked_picture(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_image(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = golden_inputs.image(case["h"], case["w"], case["seed"], case["ph"], case["pw"])
     mask = torch.zeros(1, case["ph"], case["pw"], dtype=torch.long)
     mask[:, : case["h"], : case["w"]] = 1
@@ -43,7 +43,7 @@ def masked_picture(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def test_inference(golden, case: str) -> None:
     _, model, arrays, settings = golden
     setting = settings["inference"][case]
-    pixels, mask = masked_picture(setting)
+    pixels, mask = masked_image(setting)
     with torch.inference_mode():
         maps, _, _ = model.backbone(pixels, mask == 0)
         output = model(pixels, mask)
@@ -83,11 +83,11 @@ def test_training_step(golden) -> None:
     pixels, masks, labels = [], [], []
     for i, (height, width, people, seed) in enumerate(step["sizes"]):
         case = {"h": height, "w": width, "ph": step["ph"], "pw": step["pw"], "seed": step["seed0"] + i}
-        picture, mask = masked_picture(case)
+        image, mask = masked_image(case)
         boxes, keypoints, areas = golden_inputs.ground_truth(people, height, width, seed)
         classes = torch.zeros(people, dtype=torch.long)
         labels.append({"boxes": boxes, "keypoints": keypoints, "areas": areas, "class_labels": classes})
-        pixels.append(picture)
+        pixels.append(image)
         masks.append(mask)
     model.zero_grad()
     output = model(torch.cat(pixels).to(dtype), torch.cat(masks), labels)  # evaluation mode: no dropout

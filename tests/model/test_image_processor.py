@@ -48,14 +48,14 @@ def test_batch_equals_single_and_padding_is_masked():
 
 
 @pytest.mark.parametrize(("size", "resized"), [((1, 1), (800, 800)), ((20_000, 20), (1, 1333))])
-def test_extreme_pictures_give_a_batch_the_model_can_take(size, resized):
+def test_extreme_images_give_a_batch_the_model_can_take(size, resized):
     batch = HPetrImageProcessor()(Image.new("RGB", size))
     assert batch["pixel_mask"].sum() == resized[0] * resized[1]
     assert min(batch["pixel_values"].shape[2:]) >= 64
     assert batch.original_sizes == [(size[1], size[0])]
 
 
-def test_one_picture_a_list_and_a_stack_of_arrays():
+def test_one_image_a_list_and_a_stack_of_arrays():
     stack = np.zeros((2, 8, 8, 3), np.uint8)
     processor = HPetrImageProcessor(size=SMALL)
     assert len(processor(stack)["pixel_values"]) == 2
@@ -98,7 +98,7 @@ def test_invalid_parameters_are_refused(values, words):
         HPetrImageProcessor(**values)
 
 
-def test_bad_pictures_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jpg"):
         HPetrImageProcessor()([np.zeros((4, 4, 3), np.uint8), tmp_path / "nowhere.jpg"])
     with pytest.raises(InputError, match="empty"):
@@ -111,7 +111,7 @@ def make_outputs(k=3):
     return SimpleNamespace(scores=scores, poses=poses)
 
 
-def test_post_processing_equals_the_official_way_through_the_resized_picture():
+def test_post_processing_equals_the_official_way_through_the_resized_image():
     outputs = make_outputs(k=5)
     sizes = [(425, 640), (333, 77)]
     results = HPetrImageProcessor().post_process_pose_estimation(outputs, sizes, threshold=-1)
@@ -154,6 +154,6 @@ def test_post_processing_passes_keypoint_scores_and_labels_on():
     assert first["keypoint_scores"].tolist() == [[3, 4, 5], [6, 7, 8]]
 
 
-def test_post_processing_wants_a_size_per_picture():
+def test_post_processing_wants_a_size_per_image():
     with pytest.raises(InputError, match=r"expected \(2, 2\)"):
         HPetrImageProcessor().post_process_pose_estimation(make_outputs(), [(10, 20)])

@@ -1,4 +1,4 @@
-"""What must not matter: how pictures are batched, what lies in the padding, how few or many people there are."""
+"""What must not matter: how images are batched, what lies in the padding, how few or many people there are."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def label(people: int, height: int, width: int, seed: int, joints: int = 17) -> 
     }
 
 
-def pictures(sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Random pictures padded to one size, and their mask."""
+def images(sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Random images padded to one size, and their mask."""
     pixels, mask = torch.zeros(len(sizes), 3, *PADDED), torch.zeros(len(sizes), *PADDED, dtype=torch.long)
     for i, (height, width) in enumerate(sizes):
         generator = torch.Generator().manual_seed(i)
@@ -51,7 +51,7 @@ def pictures(sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 def test_batch_gives_what_singles_give() -> None:
     model = small_model()
-    pixels, mask = pictures(SIZES)
+    pixels, mask = images(SIZES)
     with torch.inference_mode():
         batch = model(pixels, mask)
         for i in range(len(SIZES)):
@@ -61,9 +61,9 @@ def test_batch_gives_what_singles_give() -> None:
 
 
 def test_losses_of_a_batch_are_the_counted_mean_of_the_singles() -> None:
-    """Every term is a sum divided by a count; sums and counts of a batch are those of its pictures."""
+    """Every term is a sum divided by a count; sums and counts of a batch are those of its images."""
     model = small_model()
-    pixels, mask = pictures(SIZES)
+    pixels, mask = images(SIZES)
     people = [3, 1, 2]
     labels = [label(n, *size, seed=i) for i, (n, size) in enumerate(zip(people, SIZES, strict=True))]
     joints = [int((entry["keypoints"][..., 2] > 0).sum()) for entry in labels]
@@ -81,7 +81,7 @@ def test_losses_of_a_batch_are_the_counted_mean_of_the_singles() -> None:
 
 def test_content_of_the_padding_changes_nothing() -> None:
     model = small_model()
-    pixels, mask = pictures(SIZES)
+    pixels, mask = images(SIZES)
     garbage = torch.where(mask[:, None].bool(), pixels, torch.full_like(pixels, 1e4))
     with torch.inference_mode():
         clean, dirty = model(pixels, mask), model(garbage, mask)
@@ -90,7 +90,7 @@ def test_content_of_the_padding_changes_nothing() -> None:
 
 
 def test_mask_without_padding_equals_no_mask() -> None:
-    """A whole picture gives the same alone, with a mask of ones, and beside a padded picture, where masks count."""
+    """A whole image gives the same alone, with a mask of ones, and beside a padded image, where masks count."""
     model = small_model()
     pixels, mask = torch.randn(2, 3, 96, 128), torch.ones(2, 96, 128)
     mask[1, :, 100:] = 0
@@ -101,9 +101,9 @@ def test_mask_without_padding_equals_no_mask() -> None:
 
 
 def test_transformer_is_independent_of_padding() -> None:
-    """Given the same features of the picture, more padding changes neither positions nor references nor memory.
+    """Given the same features of the image, more padding changes neither positions nor references nor memory.
 
-    The convolutions see padding beyond the picture's border, as in the official code, so whole-network results move.
+    The convolutions see padding beyond the image's border, as in the official code, so whole-network results move.
     """
     from hpetr.model.grid import make_grid
 
@@ -125,13 +125,13 @@ def test_transformer_is_independent_of_padding() -> None:
         plain, plain_grid = encode(maps, None)
         padded, padded_grid = encode(wide, masks)
     inside = ~padded_grid.padding_mask[0]
-    torch.testing.assert_close(padded_grid.centres[:, inside], plain_grid.centres)
+    torch.testing.assert_close(padded_grid.centers[:, inside], plain_grid.centers)
     torch.testing.assert_close(padded[:, inside], plain, atol=1e-4, rtol=1e-4)
 
 
 def test_one_to_many_queries_change_nothing_at_inference() -> None:
     model = small_model()
-    pixels, mask = pictures(SIZES)
+    pixels, mask = images(SIZES)
     labels = [label(2, *size, seed=i) for i, size in enumerate(SIZES)]
     with torch.no_grad():
         alone, beside = model(pixels, mask), model(pixels, mask, labels)
@@ -144,7 +144,7 @@ def test_one_to_many_queries_change_nothing_at_inference() -> None:
 def test_nobody_and_more_people_than_queries(people: list[int]) -> None:
     """30 one-to-one queries; every parameter that learns gets a finite gradient even without people."""
     model = small_model().train()
-    pixels, mask = pictures(SIZES[:2])
+    pixels, mask = images(SIZES[:2])
     labels = [label(n, *size, seed=i) for i, (n, size) in enumerate(zip(people, SIZES, strict=False))]
     output = model(pixels, mask, labels)
     output.loss.backward()
@@ -162,7 +162,7 @@ def test_nobody_and_more_people_than_queries(people: list[int]) -> None:
 def test_one_visible_keypoint() -> None:
     """The L1 loss moves the labelled joint alone."""
     model = small_model()
-    pixels, mask = pictures(SIZES[:1])
+    pixels, mask = images(SIZES[:1])
     one = label(1, *SIZES[0], seed=0)
     one["keypoints"][:, 1:] = 0
     output = model(pixels, mask, [one])
@@ -174,9 +174,9 @@ def test_one_visible_keypoint() -> None:
 
 
 def test_ignore_boxes_take_background_out_of_the_loss() -> None:
-    """A box over the whole picture leaves only the matched queries in the class loss."""
+    """A box over the whole image leaves only the matched queries in the class loss."""
     model = small_model()
-    pixels, mask = pictures(SIZES[:1])
+    pixels, mask = images(SIZES[:1])
     plain = label(1, *SIZES[0], seed=0)
     everywhere = {**plain, "ignore_boxes": torch.tensor([[-1e4, -1e4, 1e4, 1e4]])}
     nowhere = {**plain, "ignore_boxes": torch.zeros(0, 4)}
@@ -191,7 +191,7 @@ def test_ignore_boxes_take_background_out_of_the_loss() -> None:
 @pytest.mark.parametrize("joints", [1, 4, 21])
 def test_other_skeletons(joints: int) -> None:
     model = small_model(num_keypoints=joints)
-    pixels, mask = pictures(SIZES)
+    pixels, mask = images(SIZES)
     labels = [label(2, *size, seed=i, joints=joints) for i, size in enumerate(SIZES)]
     output = model(pixels, mask, labels)
     assert output.poses.shape == (3, 10, joints, 2)
@@ -199,14 +199,14 @@ def test_other_skeletons(joints: int) -> None:
     assert torch.isfinite(output.loss)
 
 
-def test_pixels_that_are_not_normalised() -> None:
-    with pytest.raises(InputError, match=r"pixel_values: torch.uint8, expected normalised floats"):
+def test_pixels_that_are_not_normalized() -> None:
+    with pytest.raises(InputError, match=r"pixel_values: torch.uint8, expected normalized floats"):
         small_model()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_several_classes() -> None:
     model = small_model(num_labels=3)
-    pixels, mask = pictures(SIZES[:1])
+    pixels, mask = images(SIZES[:1])
     entry = label(2, *SIZES[0], seed=0)
     entry["class_labels"] = torch.tensor([2, 1])
     output = model(pixels, mask, [entry])
@@ -216,7 +216,7 @@ def test_several_classes() -> None:
     assert torch.isfinite(output.loss)
 
 
-def test_picture_with_fewer_tokens_than_queries() -> None:
+def test_image_with_fewer_tokens_than_queries() -> None:
     model = small_model()
     with torch.inference_mode():
         output = model(torch.randn(1, 3, 32, 32))  # 16 + 4 + 1 tokens

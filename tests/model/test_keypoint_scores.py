@@ -23,7 +23,7 @@ from tiny_model import people, tiny_model
 from training_runs import SMALL_MODEL, TINY, small_recipe
 
 SIGMAS = torch.full((4,), 0.1)
-PICTURE = torch.tensor([[200.0, 100.0]])  # width, height
+IMAGE = torch.tensor([[200.0, 100.0]])  # width, height
 
 
 def loss_of(visibility: list[float], shift: list[float], logits: list[float]) -> float:
@@ -39,8 +39,8 @@ def loss_of(visibility: list[float], shift: list[float], logits: list[float]) ->
     poses[..., 0] += torch.tensor(shift)
     zero = torch.zeros(1, dtype=torch.long)
     matches = Matches([1], zero, zero, zero, zero, zero)
-    targets = make_targets([label], PICTURE)
-    return float(score_loss(poses / PICTURE, torch.tensor([logits]), matches, targets, SIGMAS))
+    targets = make_targets([label], IMAGE)
+    return float(score_loss(poses / IMAGE, torch.tensor([logits]), matches, targets, SIGMAS))
 
 
 def test_a_joint_is_right_within_the_distance_of_half_its_similarity() -> None:
@@ -58,7 +58,7 @@ def test_absent_joints_are_wrong_and_unknown_ones_do_not_count() -> None:
 
 
 def test_data_say_whether_joints_without_label_are_absent() -> None:
-    """They stay so when the picture is changed; a joint that leaves it is unknown."""
+    """They stay so when the image is changed; a joint that leaves it is unknown."""
 
     def loaded(unlabelled: str) -> np.ndarray:
         source = DataSource(annotations=TINY, unlabelled=unlabelled)

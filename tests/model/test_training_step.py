@@ -16,7 +16,7 @@ SIZE = (64, 96)  # height, width
 
 
 def padded_batch() -> tuple[Tensor, Tensor]:
-    """Two pictures, the second padded at the right."""
+    """Two images, the second padded at the right."""
     pixels = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, *SIZE, dtype=torch.long)
     mask[1, :, 80:] = 0

@@ -31,7 +31,7 @@ ANIMAL = Skeleton(("nose", "left_ear", "right_ear"), ((0, 1), (0, 2)), ((1, 2),)
 
 
 def made_results(folder: Path) -> list[PoseResult]:
-    """Three pictures in two folders, two of the same name: three animals, one, and none; some keypoints uncertain."""
+    """Three images in two folders, two of the same name: three animals, one, and none; some keypoints uncertain."""
     rng = np.random.default_rng(1)
     results = []
     for count, name in ((3, "x/a.png"), (1, "y/a.jpg"), (0, "y/c.png")):
@@ -65,11 +65,11 @@ def expected_labels(result: PoseResult) -> np.ndarray:
 
 
 def test_coco_labels_are_a_data_set(tmp_path: Path) -> None:
-    results = made_results(tmp_path / "pictures")
+    results = made_results(tmp_path / "images")
     path = write_format("coco-labels", results, CLASSES, tmp_path)
-    assert check_dataset(path, tmp_path / "pictures").accepted
-    dataset = open_dataset(path, tmp_path / "pictures")
-    assert dataset.picture_paths == [result.path for result in results]
+    assert check_dataset(path, tmp_path / "images").accepted
+    dataset = open_dataset(path, tmp_path / "images")
+    assert dataset.image_paths == [result.path for result in results]
     assert dataset.skeleton == ANIMAL
     assert dataset.class_names == CLASSES
     for result, sample in zip(results, dataset, strict=False):
@@ -81,10 +81,10 @@ def test_coco_labels_are_a_data_set(tmp_path: Path) -> None:
 
 
 def test_yolo_is_a_data_set(tmp_path: Path) -> None:
-    results = made_results(tmp_path / "pictures")
+    results = made_results(tmp_path / "images")
     path = write_format("yolo", results, CLASSES, tmp_path / "out")
     dataset = open_dataset(path, split="train")
-    assert [p.name for p in dataset.picture_paths] == ["a.png", "c.png", "y_a.jpg"]
+    assert [p.name for p in dataset.image_paths] == ["a.png", "c.png", "y_a.jpg"]
     assert dataset.skeleton == ANIMAL
     for result, index in zip(results, (0, 2, 1), strict=True):
         sample = dataset[index]
@@ -121,7 +121,7 @@ LABELME_SHAPE = {
 
 
 def test_labelme_files_have_its_schema_and_all_keypoints(tmp_path: Path) -> None:
-    results = made_results(tmp_path / "pictures")
+    results = made_results(tmp_path / "images")
     folder = write_format("labelme", results, CLASSES, tmp_path / "out")
     assert sorted(path.name for path in folder.iterdir()) == ["a.json", "c.json", "y_a.json"]
     for result, name in zip(results, ("a", "y_a", "c"), strict=True):
@@ -172,7 +172,7 @@ def test_coco_results_keep_the_scores(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["unreadable"] == [{"file_name": "b.jpg", "reason": "broken"}]
 
 
-def test_labels_at_the_border_have_a_box_within_the_picture(tmp_path: Path) -> None:
+def test_labels_at_the_border_have_a_box_within_the_image(tmp_path: Path) -> None:
     result = made_results(tmp_path)[1]
     corner = replace(result, keypoints=np.broadcast_to(np.float32([640, 425]), (1, 3, 2)))
     (annotation,) = coco_labels([corner], CLASSES)["annotations"]
@@ -180,10 +180,10 @@ def test_labels_at_the_border_have_a_box_within_the_picture(tmp_path: Path) -> N
 
 
 def test_command_writes_all_formats_and_never_over_labels(checkpoint: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "photo.jpg"
-    shutil.copy(EXAMPLES / "000000000885.jpg", picture)
+    image = tmp_path / "photo.jpg"
+    shutil.copy(EXAMPLES / "000000000885.jpg", image)
     output = tmp_path / "out"
-    command = ["predict", str(picture), "--checkpoint", str(checkpoint), "--output", str(output), "--no-draw"]
+    command = ["predict", str(image), "--checkpoint", str(checkpoint), "--output", str(output), "--no-draw"]
     every = [word for name in FORMATS for word in ("--format", name)]
     result = CliRunner().invoke(app, [*command, *every])
     assert result.exit_code == 0, result.output
@@ -205,13 +205,13 @@ def test_command_writes_all_formats_and_never_over_labels(checkpoint: Path, tmp_
     assert "expected --format coco among the others" in elsewhere.stderr
 
 
-def test_pictures_that_a_format_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"photo.dat: a YOLO data set knows pictures by their suffix"):
+def test_images_that_a_format_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"photo.dat: a YOLO data set knows images by their suffix"):
         check_formats(["yolo"], [tmp_path / "photo.dat"], tmp_path)
     nameless = replace(made_results(tmp_path)[0], path=None)
     with pytest.raises(InputError, match="did not come from a file"):
         labelme_json(nameless, CLASSES, tmp_path)
-    with pytest.raises(InputError, match="no picture, expected at least one result"):
+    with pytest.raises(InputError, match="no image, expected at least one result"):
         write_format("csv", [], CLASSES, tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_flip_index_is_an_involution_that_swaps_left_and_right(skeleton):
         ({"flip_pairs": [[0.5, 1]]}, "whole"),
         ({"names": ["a", "a", "b"]}, "'a'"),
         ({"names": []}, "names is empty"),
-        ({"colour": "red"}, "keys"),
+        ({"color": "red"}, "keys"),
     ],
 )
 def test_invalid_skeletons_are_refused(change, words):

@@ -27,12 +27,12 @@ from hpetr.cli.main import app
 from hpetr.server import run
 from hpetr.server.app import Service
 from hpetr.server.batching import Batcher, Job
-from hpetr.server.limits import Limits, Refusal, check_picture
+from hpetr.server.limits import Limits, Refusal, check_image
 from hpetr.server.run import listen, make_server
 from paths import ROOT
 from serving import ServerProcess, save_small_checkpoint
 
-PICTURE = ROOT / "examples" / "000000000785.jpg"
+IMAGE = ROOT / "examples" / "000000000785.jpg"
 LIMIT_MEGABYTES, LIMIT_PIXELS, QUEUE = 0.5, 400_000, 2
 
 
@@ -82,7 +82,7 @@ def form(data: bytes, field: str = "file", file_name: str | None = "a.jpg") -> t
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a picture of any size."""
+    """A few bytes that claim to be an image of any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -100,10 +100,10 @@ def many_scans(count: int) -> bytes:
 
 @pytest.mark.parametrize("upload", ["raw", "form"])
 def test_the_answer_is_what_the_predictor_gives(server: ServerProcess, predictor: PosePredictor, upload: str) -> None:
-    data = PICTURE.read_bytes()
+    data = IMAGE.read_bytes()
     body, headers = form(data) if upload == "form" else (data, {"Content-Type": "image/jpeg"})
     status, _, answer = server.post(body, headers)
-    expected = predictor(PICTURE)
+    expected = predictor(IMAGE)
     assert (status, answer["model"], answer["threshold"]) == (200, "small", 0.0)
     assert answer["image"] == {"width": 640, "height": 425}
     assert len(answer["poses"]) == len(expected) == 10
@@ -120,14 +120,14 @@ def test_the_answer_is_what_the_predictor_gives(server: ServerProcess, predictor
 
 
 def test_only_poses_above_the_threshold_are_given(server: ServerProcess, predictor: PosePredictor) -> None:
-    scores = predictor(PICTURE).scores
+    scores = predictor(IMAGE).scores
     middle = float(scores[4] + scores[5]) / 2
-    _, _, answer = server.post(PICTURE.read_bytes(), query=f"?threshold={middle}")
+    _, _, answer = server.post(IMAGE.read_bytes(), query=f"?threshold={middle}")
     assert len(answer["poses"]) == 5
     assert answer["threshold"] == pytest.approx(middle)
 
 
-def test_a_picture_lies_as_exif_says(server: ServerProcess) -> None:
+def test_a_image_lies_as_exif_says(server: ServerProcess) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it to the right
     _, _, answer = server.post(encoded(48, 64, kind="JPEG", exif=exif))
@@ -136,8 +136,8 @@ def test_a_picture_lies_as_exif_says(server: ServerProcess) -> None:
 
 WRONG = {
     "empty": (b"", {}, 400, "empty", "the upload is empty"),
-    "text": (b"not a picture", {}, 415, "not_a_picture", "expected JPEG, PNG"),
-    "svg": (b"<svg/>", {"Content-Type": "image/svg+xml"}, 415, "not_a_picture", "is not a picture"),
+    "text": (b"not an image", {}, 415, "not_a_picture", "expected JPEG, PNG"),
+    "svg": (b"<svg/>", {"Content-Type": "image/svg+xml"}, 415, "not_a_picture", "is not an image"),
     "truncated jpeg": (encoded(kind="JPEG")[:-300], {}, 422, "broken_picture", "truncated or broken"),
     "truncated png": (encoded()[:-300], {}, 422, "broken_picture", "truncated or broken"),
     "header only": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", {}, 422, "broken_picture", "cannot be read"),
@@ -210,7 +210,7 @@ def metrics(server: ServerProcess) -> dict[str, float]:
 def test_metrics_count_requests_and_failures_by_kind(server: ServerProcess) -> None:
     before = metrics(server)
     server.post(encoded())
-    server.post(b"not a picture")
+    server.post(b"not an image")
     batches = before["hpetr_batch_size_count"] + 1
     server.wait_for(lambda: metrics(server)["hpetr_batch_size_count"] == batches)  # counted after the answer
     after = metrics(server)
@@ -242,7 +242,7 @@ def test_a_full_queue_sends_away_and_a_client_that_goes_frees_its_place(server: 
 
 
 def test_concurrent_requests_get_their_own_poses(server: ServerProcess, predictor: PosePredictor) -> None:
-    pictures = [encoded(40 + 8 * (seed % 3), 64, seed) for seed in range(16)]
+    images = [encoded(40 + 8 * (seed % 3), 64, seed) for seed in range(16)]
 
     def ask(data: bytes) -> Any:
         while (answer := server.post(data))[0] == 503:
@@ -250,8 +250,8 @@ def test_concurrent_requests_get_their_own_poses(server: ServerProcess, predicto
         return answer[2]
 
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(ask, pictures))
-    for data, answer in zip(pictures, answers, strict=True):
+        answers = list(clients.map(ask, images))
+    for data, answer in zip(images, answers, strict=True):
         expected = predictor([data])[0]
         got = [[(joint["x"], joint["y"]) for joint in pose["keypoints"]] for pose in answer["poses"]]
         np.testing.assert_allclose(got, expected.keypoints, atol=0.02)
@@ -281,7 +281,7 @@ def test_a_port_in_use_ends_in_one_line() -> None:
 def test_the_example_client_of_the_docs_runs(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    code = code.replace("http://127.0.0.1:8000", server.url).replace("photo.jpg", str(PICTURE))
+    code = code.replace("http://127.0.0.1:8000", server.url).replace("photo.jpg", str(IMAGE))
     exec(compile(code, "serve.md", "exec"), {})
     assert capsys.readouterr().out.startswith("10 poses")
 
@@ -300,20 +300,20 @@ class Gate:
         self.first = submit(batcher, encoded())
         assert self.reached.wait(30)
 
-    def __call__(self, pictures: int, seconds: float) -> None:
-        self.sizes.append(pictures)
+    def __call__(self, images: int, seconds: float) -> None:
+        self.sizes.append(images)
         self.reached.set()
         self.open.wait(30)
 
 
 def submit(batcher: Batcher, data: bytes, threshold: float = 0.0) -> Future[Any]:
     batcher.admit()
-    job = Job(data, check_picture(data, Limits()), threshold)
+    job = Job(data, check_image(data, Limits()), threshold)
     batcher.submit(job)
     return job.future
 
 
-def test_pictures_that_wait_go_together_when_they_need_no_padding(predictor: PosePredictor) -> None:
+def test_images_that_wait_go_together_when_they_need_no_padding(predictor: PosePredictor) -> None:
     batcher = Batcher(predictor, capacity=20, batch_size=3, max_pixels=10**6)
     gate = Gate(batcher)
     wide = [encoded(48, 64, seed) for seed in range(4)]
@@ -329,7 +329,7 @@ def test_pictures_that_wait_go_together_when_they_need_no_padding(predictor: Pos
     for data, job in zip(order, jobs, strict=True):
         expected = predictor([data])[0]
         np.testing.assert_allclose(job.result().keypoints, expected.keypoints, atol=0.01)
-    with pytest.raises(Refusal, match="the picture cannot be read"):
+    with pytest.raises(Refusal, match="the image cannot be read"):
         broken.result()
 
 
@@ -354,7 +354,7 @@ def test_each_of_a_batch_gets_its_threshold(predictor: PosePredictor) -> None:
     assert [len(job.result()) for job in jobs] == [10, 3, 0]
 
 
-def test_a_cancelled_picture_leaves_the_line(predictor: PosePredictor) -> None:
+def test_a_cancelled_image_leaves_the_line(predictor: PosePredictor) -> None:
     batcher = Batcher(predictor, capacity=4, batch_size=1, max_pixels=10**6)
     gate = Gate(batcher)
     kept, dropped, also_kept = (submit(batcher, encoded()) for _ in range(3))

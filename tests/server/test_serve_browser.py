@@ -23,7 +23,7 @@ from playwright.sync_api import sync_playwright
 from paths import EXAMPLES
 from serving import ServerProcess, save_small_checkpoint
 
-PICTURE = EXAMPLES / "000000000785.jpg"
+IMAGE = EXAMPLES / "000000000785.jpg"
 NAMES = (
     "chromium-headless-shell",
     "chrome-headless-shell",
@@ -112,7 +112,7 @@ def tab(browser: Any, server: ServerProcess) -> Iterator[Tab]:
 
 
 def test_upload_slide_and_save(tab: Tab, tmp_path: Path) -> None:
-    tab.choose(PICTURE)
+    tab.choose(IMAGE)
     assert tab.wait_for_poses() == "10 people"
     assert tab.page.inner_text("#status").startswith("000000000785.jpg: 640 x 425 pixels, ")
     whole = json.loads(tab.save("#save-json", tmp_path).read_text())
@@ -130,10 +130,10 @@ def test_upload_slide_and_save(tab: Tab, tmp_path: Path) -> None:
     seen = json.loads(file.read_text())
     assert seen == {**whole, "threshold": middle, "poses": whole["poses"][:above]}
 
-    picture = tab.save("#save-picture", tmp_path)
-    assert picture.name == "000000000785-poses.jpg"
-    drawn = np.asarray(Image.open(picture).convert("RGB")).astype(int)
-    plain = np.asarray(Image.open(PICTURE).convert("RGB")).astype(int)
+    image = tab.save("#save-image", tmp_path)
+    assert image.name == "000000000785-poses.jpg"
+    drawn = np.asarray(Image.open(image).convert("RGB")).astype(int)
+    plain = np.asarray(Image.open(IMAGE).convert("RGB")).astype(int)
     assert drawn.shape == plain.shape
     changed = (np.abs(drawn - plain).max(-1) > 60).mean()
     assert 0.005 < changed < 0.5
@@ -144,7 +144,7 @@ def test_upload_slide_and_save(tab: Tab, tmp_path: Path) -> None:
 
 
 def test_names_and_scores_under_the_pointer_and_by_keys(tab: Tab) -> None:
-    tab.choose(PICTURE)
+    tab.choose(IMAGE)
     tab.wait_for_poses()
     tab.page.focus("#canvas")
     tab.page.keyboard.press("ArrowRight")
@@ -173,11 +173,11 @@ def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
                 joint["score"] = number / 17
         route.fulfill(response=answer, json=prediction)
 
-    tab.choose(PICTURE)
+    tab.choose(IMAGE)
     tab.wait_for_poses()
     assert not tab.page.is_visible("#joint-slider"), "all joints score 1"
     tab.page.route("**/v1/predict*", with_scores)
-    tab.choose(PICTURE)
+    tab.choose(IMAGE)
     tab.page.wait_for_selector("#joint-slider:visible")
     tab.page.fill("#joints", "0.6")
     tab.page.focus("#canvas")
@@ -188,30 +188,30 @@ def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
     assert tab.page.locator("#poses tr.unseen").count() == 11
 
 
-def test_errors_are_said_and_the_next_picture_works(tab: Tab, tmp_path: Path) -> None:
+def test_errors_are_said_and_the_next_image_works(tab: Tab, tmp_path: Path) -> None:
     text, large = tmp_path / "notes.txt", tmp_path / "large.png"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     large.write_bytes(bytes(3_000_000))
     tab.choose(text)
     tab.page.wait_for_selector("#message:visible")
     said = tab.page.inner_text("#message")
-    assert said == "notes.txt: The upload is not a picture, expected JPEG, PNG, WebP, GIF, BMP or TIFF."
+    assert said == "notes.txt: The upload is not an image, expected JPEG, PNG, WebP, GIF, BMP or TIFF."
     tab.choose(large)
     tab.page.wait_for_selector("text=The file has 3.0 MB, at most 2 MB are taken here.")
     assert tab.predictions() == 1, "what is too large is not sent"
-    tab.choose(PICTURE)
+    tab.choose(IMAGE)
     tab.wait_for_poses()
     assert not tab.page.is_visible("#message")
 
 
-def test_a_picture_that_the_browser_cannot_show_has_poses_too(tab: Tab, tmp_path: Path) -> None:
+def test_a_image_that_the_browser_cannot_show_has_poses_too(tab: Tab, tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    Image.open(PICTURE).save(buffer, "TIFF")
+    Image.open(IMAGE).save(buffer, "TIFF")
     file = tmp_path / "scan.tiff"
     file.write_bytes(buffer.getvalue())
     tab.choose(file)
     assert tab.wait_for_poses() == "10 people"
-    assert "This browser cannot show the picture" in tab.page.inner_text("#status")
+    assert "This browser cannot show the image" in tab.page.inner_text("#status")
 
 
 def test_paste_by_key_and_by_button(browser: Any, server: ServerProcess) -> None:
@@ -229,37 +229,37 @@ def test_paste_by_key_and_by_button(browser: Any, server: ServerProcess) -> None
         tab.page.wait_for_selector("#model:not(:empty)")
         tab.page.click("#paste")
         tab.wait_for_poses()
-        assert tab.page.inner_text("#status").startswith("pasted picture: 300 x 200 pixels")
+        assert tab.page.inner_text("#status").startswith("pasted image: 300 x 200 pixels")
         tab.page.evaluate("navigator.clipboard.writeText('words')")
         tab.page.click("#paste")
-        tab.page.wait_for_selector("text=There is no picture in the clipboard.")
+        tab.page.wait_for_selector("text=There is no image in the clipboard.")
         assert tab.errors == []
 
 
-def test_a_picture_that_lies_on_its_side_is_drawn_upright(tab: Tab, tmp_path: Path) -> None:
+def test_a_image_that_lies_on_its_side_is_drawn_upright(tab: Tab, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it to the right
     file = tmp_path / "phone.jpg"
-    with Image.open(PICTURE) as picture:
-        picture.save(file, exif=exif, quality=95)
+    with Image.open(IMAGE) as image:
+        image.save(file, exif=exif, quality=95)
     tab.choose(file)
     tab.wait_for_poses()
-    tab.page.fill("#threshold", "0.99")  # no pose covers the picture
+    tab.page.fill("#threshold", "0.99")  # no pose covers the image
     assert tab.page.inner_text("#count").startswith("0 people")
-    saved = np.asarray(Image.open(tab.save("#save-picture", tmp_path)).convert("RGB")).astype(int)
+    saved = np.asarray(Image.open(tab.save("#save-image", tmp_path)).convert("RGB")).astype(int)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).astype(int)
     assert saved.shape == upright.shape == (640, 425, 3)
     assert np.abs(saved - upright).mean() < 5
 
 
-def drop_picture(tab: Tab, name: str) -> None:
+def drop_image(tab: Tab, name: str) -> None:
     tab.page.evaluate(
         """async (name) => {
             const files = new DataTransfer();
             const ground = new OffscreenCanvas(300, 200);
             ground.getContext("2d").fillRect(50, 50, 100, 100);
-            const picture = await ground.convertToBlob();
-            files.items.add(new File([picture], name, {type: "image/png"}));
+            const image = await ground.convertToBlob();
+            files.items.add(new File([image], name, {type: "image/png"}));
             document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
         }""",
         name,
@@ -269,7 +269,7 @@ def drop_picture(tab: Tab, name: str) -> None:
 def test_drop_on_a_dark_phone_and_touch_a_joint(browser: Any, server: ServerProcess) -> None:
     with Tab(browser, server, width=390, color_scheme="dark", has_touch=True) as tab:
         name = f"{'long' * 30}.png"
-        drop_picture(tab, name)
+        drop_image(tab, name)
         assert tab.wait_for_poses() == "10 people"
         assert tab.page.inner_text("#status").startswith(f"{name}: 300 x 200 pixels")
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -284,13 +284,13 @@ def test_drop_on_a_dark_phone_and_touch_a_joint(browser: Any, server: ServerProc
         assert tab.errors == []
 
 
-def test_camera_picture_by_picture_and_continuous(browser: Any, server: ServerProcess) -> None:
+def test_camera_image_by_image_and_continuous(browser: Any, server: ServerProcess) -> None:
     with Tab(browser, server, width=390) as tab:
-        drop_picture(tab, "dropped.png")
+        drop_image(tab, "dropped.png")
         tab.wait_for_poses()
         tab.page.click("#camera")
         tab.page.wait_for_selector("#video:visible")
-        assert not tab.page.is_visible("#found"), "the list is of a picture that is not to be seen"
+        assert not tab.page.is_visible("#found"), "the list is of an image that is not to be seen"
         assert tab.page.is_disabled("#save-json")
         tab.page.fill("#threshold", "0.02")
         assert not tab.page.is_visible("#found")

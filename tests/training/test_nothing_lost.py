@@ -177,7 +177,7 @@ def test_infinite_loss_stops_with_a_sentence_and_without_a_checkpoint(tmp_path: 
         model.heatmap_encoder.layers[0].ffn.linear2.bias.fill_(3e38)  # its norm overflows
     model.save_pretrained(tmp_path / "broken")
     shutil.copy(tmp_path / "start" / "preprocessor_config.json", tmp_path / "broken")
-    with pytest.raises(FloatingPointError, match=r"pictures \d+, \d+: .*not finite.*heatmap = nan"):
+    with pytest.raises(FloatingPointError, match=r"images \d+, \d+: .*not finite.*heatmap = nan"):
         train(recipe)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -66,7 +66,7 @@ def test_recipe_loads_and_its_model_builds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_optimiser_and_schedule_are_the_published(name: str) -> None:
+def test_optimizer_and_schedule_are_the_published(name: str) -> None:
     recipe = recipe_of(name)
     settings = recipe.train
     lr = 1e-4 if "swin" in name else 2e-4
@@ -91,7 +91,7 @@ def test_optimiser_and_schedule_are_the_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_pictures_are_the_published(name: str) -> None:
+def test_images_are_the_published(name: str) -> None:
     recipe = recipe_of(name)
     crowdpose = "crowdpose" in name
     skeleton = CROWDPOSE if crowdpose else COCO

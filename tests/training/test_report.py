@@ -41,10 +41,10 @@ def write_log(folder: Path, *lines: dict[str, float], tail: str = "") -> None:
 
 
 def images(page: str, css_class: str) -> dict[str, np.ndarray]:
-    """Alternative text and decoded picture of every figure of a class."""
+    """Alternative text and decoded image of every figure of a class."""
     found = re.findall(rf'<figure class={css_class}><img src="data:image/\w+;base64,([^"]+)" alt="([^"]+)">', page)
     decoded = {alt: cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), -1) for data, alt in found}
-    assert all(picture is not None for picture in decoded.values())
+    assert all(image is not None for image in decoded.values())
     return decoded
 
 
@@ -67,7 +67,7 @@ def test_report_is_remade_from_a_runs_folder(checkpoint: Path, tmp_path: Path) -
     page = remake_report(run).read_text()
     assert cell(page, "training data") == [f"{TINY}: {open_dataset(TINY).report}, each 3 times an epoch"]
     assert cell(page, "validation data") == [f"{TINY}: {open_dataset(TINY, limit=2).report}"]
-    assert cell(page, "steps") == ["3 of 4 pictures each, 3 epochs"]
+    assert cell(page, "steps") == ["3 of 4 images each, 3 epochs"]
     assert cell(page, "time per step") == ["1 s median, 0.75 to 1.25 s quartiles"]
     assert cell(page, "time since the last start") == ["1 h 7 min"]
     assert "<th>final, step 3</th><th>best, step 2</th>" in page
@@ -121,7 +121,7 @@ def test_short_and_broken_logs(tmp_path: Path) -> None:
 
     write_log(tmp_path, {"step": 5, "train_runtime": 10.0, "train_steps_per_second": 0.5, "epoch": 1.0})
     page = write_report(tmp_path, recipe, data, None, []).read_text()
-    assert cell(page, "steps") == ["5 of 4 pictures each, 1 epochs"]
+    assert cell(page, "steps") == ["5 of 4 images each, 1 epochs"]
     assert cell(page, "time per step") == ["2 s on average, evaluations included"]
 
     with pytest.raises(InputError, match=r"none.log\.jsonl: cannot be read"):
@@ -155,19 +155,19 @@ def test_samples_show_labels_and_predictions(checkpoint: Path) -> None:
     model.train()
     samples = draw_samples(model, processor, dataset, count=1)
     assert model.training
-    ((caption, picture),) = samples
+    ((caption, image),) = samples
     source = dataset[0]
     assert caption == f"{source.path.name}: {len(source.keypoints)} labelled, 10 found with a score above 0"
-    width = (picture.shape[1] - 8) // 2
-    left, right = picture[:, :width], picture[:, -width:]
+    width = (image.shape[1] - 8) // 2
+    left, right = image[:, :width], image[:, -width:]
     assert left.shape == source.image.shape  # 640 x 480 or smaller stays as it is
-    # The labels' joints are covered by the drawing on the left, the rest of the picture is as it was.
+    # The labels' joints are covered by the drawing on the left, the rest of the image is as it was.
     x, y = source.keypoints[source.keypoints[..., 2] > 0][:, :2].round().astype(int).T
     inside = (x < source.image.shape[1]) & (y < source.image.shape[0])
     assert (left[y, x][inside] != source.image[y, x][inside]).any(-1).mean() > 0.9
     assert (left == source.image).all(-1).mean() > 0.7
     assert (left != right).any()
-    # No pose is above 1: the right half is the picture.
-    ((caption, picture),) = draw_samples(model, processor, dataset, count=1, threshold=1.0)
+    # No pose is above 1: the right half is the image.
+    ((caption, image),) = draw_samples(model, processor, dataset, count=1, threshold=1.0)
     assert caption.endswith("0 found with a score above 1")
-    np.testing.assert_array_equal(picture[:, -width:], source.image)
+    np.testing.assert_array_equal(image[:, -width:], source.image)

@@ -26,9 +26,9 @@ def make_recipe(**augment):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".PNG"])
-def test_grid_shows_as_many_pictures_as_asked_for(tmp_path, suffix):
+def test_grid_shows_as_many_images_as_asked_for(tmp_path, suffix):
     recipe = make_recipe(crop_short_sides=[100], crop=[90, 90], rotation=30, photometric=True)
-    output = write_grid(recipe, tmp_path / "new" / f"grid{suffix}", pictures=7)  # tiny-coco has fewer: further epochs
+    output = write_grid(recipe, tmp_path / "new" / f"grid{suffix}", images=7)  # tiny-coco has fewer: further epochs
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     with Image.open(output) as grid:
         assert grid.format == ("JPEG" if suffix == ".jpg" else "PNG")
@@ -47,7 +47,7 @@ def test_seed_chooses_and_repeats(tmp_path):
 
 
 def test_the_pixels_are_the_networks(tmp_path):
-    """Grey where a picture ends, and the picture's own colours elsewhere, whatever mean and deviation are."""
+    """Grey where an image ends, and the image's own colors elsewhere, whatever mean and deviation are."""
     recipe = make_recipe(flip=0.0)
     grid = np.asarray(Image.open(write_grid(recipe, tmp_path / "a.png", 4)))
     assert (grid == PADDING).all(axis=-1).any()
@@ -56,7 +56,7 @@ def test_the_pixels_are_the_networks(tmp_path):
 
 
 def test_sides_of_a_cell():
-    """A person seen from behind, whose left is on the picture's left: the left limbs are drawn there."""
+    """A person seen from behind, whose left is on the image's left: the left limbs are drawn there."""
     person = np.zeros((17, 3), np.float32)
     for index, name in enumerate(COCO.names):
         x = 20 if "left" in name else 60 if "right" in name else 40
@@ -69,14 +69,14 @@ def test_sides_of_a_cell():
     cell = _cell(np.zeros((80, 80, 3), np.uint8), labels, COCO, "a.jpg", "80x80, 1 person")
     scene = cell[:400]  # enlarged five times
 
-    def centre(color):
+    def center(color):
         _, xs = np.nonzero((scene == color).all(axis=-1))
         assert len(xs) > 50
         return xs.mean() / 5
 
-    assert centre(LEFT) < 25
-    assert centre(RIGHT) > 55
-    assert 30 < centre(MIDDLE) < 50
+    assert center(LEFT) < 25
+    assert center(RIGHT) > 55
+    assert 30 < center(MIDDLE) < 50
     edge = cv2.inRange(scene[:, 350:352], (255, 90, 255), (255, 90, 255)).any(axis=1)
     assert 0.3 < edge[50:150].mean() < 0.8  # the ignored box is dashed
 
@@ -91,7 +91,7 @@ def test_long_and_foreign_names_fit():
     ("name", "arguments", "message"),
     [
         ("a.gif", {}, r"a\.gif: expected a name that ends in \.jpeg, \.jpg, \.png"),
-        ("a.png", {"pictures": 0}, "at least 1 picture"),
+        ("a.png", {"images": 0}, "at least 1 image"),
         ("a.png", {"seed": -1}, "seed of at least 0"),
     ],
 )

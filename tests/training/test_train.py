@@ -1,4 +1,4 @@
-"""Training on real pictures: it learns, it resumes exactly, and it refuses what it should."""
+"""Training on real images: it learns, it resumes exactly, and it refuses what it should."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         train(small_recipe(whole))
 
 
-def test_one_picture_is_learnt(tmp_path: Path) -> None:
-    """Seventy steps from the ImageNet weights on one picture."""
+def test_one_image_is_learnt(tmp_path: Path) -> None:
+    """Seventy steps from the ImageNet weights on one image."""
     backbone = {"model_type": "efficientnet_lite", "out_features": ["stage3", "stage5", "stage7"]}
     queries = {"num_queries": 20, "num_one_to_many_queries": 20}
     options = {**PUBLISHED_DESIGN, "backbone_config": backbone, "loss_oks": 2.0, "loss_joint_oks": 3.0, **queries}
@@ -154,9 +154,9 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
     assert (output / "checkpoint-4").is_dir()
 
 
-def test_pictures_of_val_in_train_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_val_in_train_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small_recipe(tmp_path / "run", f"data.val.annotations={TINY}", "data.val.limit=2", "train.epochs=0.5"))
-    assert "warning: 2 of 2 pictures of val are in train too: 000000000790.jpg" in capsys.readouterr().out
+    assert "warning: 2 of 2 images of val are in train too: 000000000790.jpg" in capsys.readouterr().out
 
 
 def test_everything_switched_on(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_everything_switched_on(tmp_path: Path) -> None:
     assert logged == pytest.approx([line["decoder.0.l1"] for line in lines if "loss" in line])
 
 
-def test_accumulated_pictures_are_those_of_one_batch(tmp_path: Path) -> None:
-    """Each picture alone, or all together: the gradient's scale and the number of steps are the same."""
+def test_accumulated_images_are_those_of_one_batch(tmp_path: Path) -> None:
+    """Each image alone, or all together: the gradient's scale and the number of steps are the same."""
     norms = []
     for batch in (1, 2):
         output = train(small_recipe(tmp_path / str(batch), f"train.batch_size={batch}", "train.epochs=0.5"))
@@ -218,7 +218,7 @@ def training_set(seed: int, repeat: int = 3) -> TrainingSet:
     return TrainingSet([CocoPoseDataset(TINY)], [source], build_transform(recipe.augment, recipe.processor, COCO), seed)
 
 
-def test_pictures_follow_from_seed_epoch_and_place() -> None:
+def test_images_follow_from_seed_epoch_and_place() -> None:
     one, other = training_set(0), training_set(0)
     assert len(one) == 3 * len(CocoPoseDataset(TINY))
     _ = other[Draw(0, 1)]  # what was read before does not matter
@@ -229,7 +229,7 @@ def test_pictures_follow_from_seed_epoch_and_place() -> None:
     assert not np.array_equal(first.keypoints, training_set(1)[Draw(0, 0)].keypoints)
 
 
-def test_an_epoch_sees_every_picture_and_whole_steps() -> None:
+def test_an_epoch_sees_every_image_and_whole_steps() -> None:
     data = training_set(0, repeat=50)
     for bucketing in (False, True):
         sampler = EpochSampler(data, 8, 0, bucketing=bucketing)

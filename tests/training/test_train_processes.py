@@ -33,7 +33,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 def test_two_processes_do_what_one_does(recipe_file: Path, tmp_path: Path) -> None:
-    """The same pictures in the same steps: losses, figures and weights differ by rounding alone."""
+    """The same images in the same steps: losses, figures and weights differ by rounding alone."""
     from hpetr.training.recipe import load_recipe
 
     result = torchrun(2, recipe_file, f"output={tmp_path / 'two'}")
@@ -107,7 +107,7 @@ def test_a_sharded_run_learns_what_a_whole_one_does_and_goes_on(recipe_file: Pat
     script = tmp_path / "fsdp.py"
     script.write_text(FSDP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    settings = ["train.ema=null", "train.keep=2", "data.val.limit=3"]  # one process evaluates a picture more
+    settings = ["train.ema=null", "train.keep=2", "data.val.limit=3"]  # one process evaluates an image more
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += [str(recipe_file), str(tmp_path), *settings]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -125,8 +125,8 @@ def test_bad_input_is_one_line_of_all_processes(recipe_file: Path) -> None:
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
-        "error: train.total_batch_size is 3, expected a multiple of 2 processes x 1 pictures",
+        "error: train.total_batch_size is 3, expected a multiple of 2 processes x 1 images",
     ]
     result = torchrun(2, recipe_file, "data.train.0.limit=1", "train.total_batch_size=2")
-    assert "error: data.train: 1 pictures for 2 processes, expected at least one each" in result.stderr
+    assert "error: data.train: 1 images for 2 processes, expected at least one each" in result.stderr
     assert result.stderr.count("error: data.train") == 1

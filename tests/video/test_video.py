@@ -206,7 +206,7 @@ def test_odd_sizes_get_one_more_pixel(predictor: PosePredictor, tmp_path: Path) 
 
 @pytest.mark.parametrize("colors", [(1, 1, 1), (5, 5, 6)])
 def test_colors_are_kept(predictor: PosePredictor, tmp_path: Path, colors: tuple[int, int, int]) -> None:
-    """A red frame by the numbers of BT.709 or BT.601 keeps its colour and its tags."""
+    """A red frame by the numbers of BT.709 or BT.601 keeps its color and its tags."""
     path = tmp_path / "red.mp4"
     red = np.broadcast_to(np.array([220, 30, 20], np.uint8), (64, 96, 3)).copy()
     with av.open(str(path), "w") as container:
@@ -361,12 +361,12 @@ def test_outputs_are_checked_before_the_model_is_loaded(clip: Path, tmp_path: Pa
     options = ("--checkpoint", "nowhere", "--output")
     assert_bad_input(invoke(clip, *options, tmp_path / "file" / "out"), "cannot be used as output folder")
     assert_bad_input(invoke(clip, *options, clip.parent), "holds the video clip.mp4")
-    picture = EXAMPLES / "000000000885.jpg"
-    assert_bad_input(invoke(clip, picture, *options, tmp_path, "--json", tmp_path / "r.json"), "--json names one file")
-    assert_bad_input(invoke(picture, *options, tmp_path, "--track"), "are for videos")
+    image = EXAMPLES / "000000000885.jpg"
+    assert_bad_input(invoke(clip, image, *options, tmp_path, "--json", tmp_path / "r.json"), "--json names one file")
+    assert_bad_input(invoke(image, *options, tmp_path, "--track"), "are for videos")
 
 
-def test_folder_of_pictures_and_videos_one_of_them_bad(model: Path, clip: Path, tmp_path: Path) -> None:
+def test_folder_of_images_and_videos_one_of_them_bad(model: Path, clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "holiday"
     folder.mkdir()
     shutil.copy(clip, folder / "b.MP4")
@@ -374,7 +374,7 @@ def test_folder_of_pictures_and_videos_one_of_them_bad(model: Path, clip: Path, 
     (folder / "a.mov").write_bytes(b"nothing")
     result = invoke(folder, "--checkpoint", model, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "0 people in 1 picture" in result.stdout
+    assert "0 people in 1 image" in result.stdout
     assert "b.MP4: 60 frames in, 60 drawn" in result.stdout
     assert "1 of 2 videos could not be read" in result.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -117,20 +117,20 @@ def test_camera_gives_its_frames_in_rgb_with_the_clocks_times(monkeypatch: pytes
     assert (opened, camera.name, camera.live, camera.rate) == ([1], "camera 1", True, 25)
     frames = list(camera.frames())
     camera.close()
-    assert [frame.index for frame in frames] == [read_number(frame.picture) for frame in frames] == list(range(10))
-    assert {frame.picture.shape for frame in frames} == {(HEIGHT, WIDTH, 3)}
+    assert [frame.index for frame in frames] == [read_number(frame.image) for frame in frames] == list(range(10))
+    assert {frame.image.shape for frame in frames} == {(HEIGHT, WIDTH, 3)}
     times = [frame.time for frame in frames]
     assert times == sorted(times)
     assert camera.fault == "it gives no more frames"
 
 
-def test_camera_colours_are_not_exchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    red = np.full((32, 32, 3), (0, 0, 200), np.uint8)  # as OpenCV writes pictures, BGR
+def test_camera_colors_are_not_exchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    red = np.full((32, 32, 3), (0, 0, 200), np.uint8)  # as OpenCV writes images, BGR
     cv2.imwrite(str(tmp_path / "red_0.png"), red)
     play = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", lambda number: play(str(tmp_path / "red_%d.png")))
     camera = open_source("0")
-    assert next(camera.frames()).picture[0, 0].tolist() == [200, 0, 0]
+    assert next(camera.frames()).image[0, 0].tolist() == [200, 0, 0]
     camera.close()
 
 
@@ -162,6 +162,6 @@ def test_stream_that_falls_silent_ends_with_a_reason(monkeypatch: pytest.MonkeyP
         heard.set()
         sender.join()
         stream.close()
-    assert [read_number(frame.picture) for frame in frames] == list(range(len(frames)))
+    assert [read_number(frame.image) for frame in frames] == list(range(len(frames)))
     assert len(frames) > 290
     assert stream.fault == "no data for 3 seconds"

@@ -43,7 +43,7 @@ FREE_SETTINGS = {
     "initializer_range",
     "encoder_stride",
 }
-# A transformers backbone normalises each output by a norm of its own, which no classifier has: it starts as identity.
+# A transformers backbone normalizes each output by a norm of its own, which no classifier has: it starts as identity.
 FRESH = ("hidden_states_norms.",)
 # What a classifier has behind its last feature map.
 HEADS = ("classifier.", "head.", "fc.", "pooler.", "swin.pooler.", "swin.layernorm.", "layernorm.")

@@ -31,12 +31,12 @@ class Evaluation:
 
     Attributes:
         data: what they were measured on.
-        pictures: how many.
+        images: how many.
         metrics: AP and the others, in 0..1; -1 where there was nobody to find.
     """
 
     data: str
-    pictures: int
+    images: int
     metrics: Mapping[str, float]
 
 
@@ -139,7 +139,7 @@ def _summary(config: HPetrConfig, method: str, parameters: int | None) -> str:
     }[method]
     size = "" if parameters is None else f" {parameters:,} parameters."
     return (
-        "Multi-person pose estimation with one network and no non-maximum suppression: a picture goes in, the "
+        "Multi-person pose estimation with one network and no non-maximum suppression: an image goes in, the "
         "keypoints of all people come out.\n\n"
         f"{paper} with a {BACKBONES.get(kind, kind)} backbone; {config.encoder_layers} encoder, "
         f"{config.decoder_layers} pose-decoder and {config.joint_decoder_layers} joint-decoder layers of width "
@@ -154,7 +154,7 @@ def _figures(evaluation: Evaluation | None) -> str:
     values = ["-" if value < 0 else f"{value:.4f}" for value in evaluation.metrics.values()]
     rows = [names, ["---"] * len(names), values]
     table = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows)
-    return f"## Figures\n\nOf {evaluation.pictures:,} pictures of {evaluation.data}, by `hpetr eval`:\n\n{table}"
+    return f"## Figures\n\nOf {evaluation.images:,} images of {evaluation.data}, by `hpetr eval`:\n\n{table}"
 
 
 def _skeleton(skeleton: Skeleton, classes: Sequence[str]) -> str:

@@ -154,6 +154,6 @@ def fill_prior(prior: PosePrior, joints: Mapping[int, int]) -> None:
     for own, theirs in joints.items():
         copy(heat + own, "heatmap", theirs, 0.0)
         for axis in (0, 1):
-            # MoveNet has y before x, and a cell's place is its first corner: half a cell from the centre.
+            # MoveNet has y before x, and a cell's place is its first corner: half a cell from the center.
             copy(classes + 2 * own + axis, "regress", 2 * theirs + 1 - axis, -0.5)
             copy(offsets + 2 * own + axis, "offset", 2 * theirs + 1 - axis, -0.5)

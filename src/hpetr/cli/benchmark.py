@@ -22,11 +22,11 @@ def benchmark_command(
     size: Annotated[
         str | None, typer.Option(help="Input of the network as HEIGHTxWIDTH, e.g. 800x1216. Default: the processor's.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures that go through the network together.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images that go through the network together.")] = 1,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
     repeats: Annotated[int, typer.Option(help="Measured runs.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to run on. Default: a made one.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to run on. Default: a made one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there too.")] = None,
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
 ) -> None:
@@ -59,9 +59,9 @@ def print_benchmark(result: Benchmark) -> None:
     from rich.table import Table
 
     weights = " (random weights)" if result.weights == "random" else ""
-    picture, network = (f"{height} x {width}" for height, width in (result.picture, result.input))
+    image, network = (f"{height} x {width}" for height, width in (result.image, result.input))
     title = (
-        f"{result.model}{weights}: picture {picture}, network input {network}, batch {result.batch}\n{result.device}, "
+        f"{result.model}{weights}: image {image}, network input {network}, batch {result.batch}\n{result.device}, "
         f"{result.threads} CPU threads, {result.precision}, {result.kernel} sampling kernel, {result.repeats} repeats"
     )
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
@@ -84,11 +84,9 @@ def print_benchmark(result: Benchmark) -> None:
     console = Console(soft_wrap=True)
     console.width = max(console.width, TABLE_WIDTH)
     console.print(table)
-    console.print(f"{_number(result.pictures_per_second)} pictures per second")
+    console.print(f"{_number(result.images_per_second)} images per second")
     if result.peak_bytes is not None:
-        loaded = (
-            "" if result.loaded_bytes is None else f", {result.loaded_bytes / 1e6:,.0f} MB before the first picture"
-        )
+        loaded = "" if result.loaded_bytes is None else f", {result.loaded_bytes / 1e6:,.0f} MB before the first image"
         owner = "GPU tensors" if result.device.startswith("cuda") else "the process"
         console.print(f"peak memory of {owner} {result.peak_bytes / 1e6:,.0f} MB{loaded}")
     console.print(

@@ -16,13 +16,13 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training:
 def check(
     source: Annotated[Path, typer.Argument(help="COCO or CrowdPose JSON, YOLO-pose data.yaml, or a folder with one.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures. Default: images beside the JSON, or the YAML's path.")
+        Path | None, typer.Option(help="Folder of the images. Default: images beside the JSON, or the YAML's path.")
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of a YOLO-pose data set: train, val or test. Default: all there are.")
     ] = None,
-    pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Decode every picture and look for equal ones.")
+    decode: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Decode every image and look for equal ones.")
     ] = True,
     examples: Annotated[int, typer.Option(min=0, help="How many of each kind are named.")] = 3,
 ) -> None:
@@ -38,7 +38,7 @@ def check(
     splits = list(read_yolo_config(file, images).splits) if is_yolo(file) and split is None else [split]
     accepted = True
     for number, name in enumerate(splits):
-        report = check_dataset(file, images, name, pictures, examples, lambda total: progress("Checking", total))
+        report = check_dataset(file, images, name, decode, examples, lambda total: progress("Checking", total))
         if number:
             typer.echo("")
         if name is not None:
@@ -55,22 +55,22 @@ def show(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Picture to write, .jpg or .png.")] = Path("outputs/data.jpg"),
-    pictures: Annotated[int, typer.Option(min=1, help="How many of the training pictures.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="The epoch shown: other pictures, other augmentation.")] = 0,
+    output: Annotated[Path, typer.Option(help="Image to write, .jpg or .png.")] = Path("outputs/data.jpg"),
+    images: Annotated[int, typer.Option(min=1, help="How many of the training images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="The epoch shown: other images, other augmentation.")] = 0,
 ) -> None:
-    """Draw the pictures that a recipe shows its network: augmented, with their labels."""
+    """Draw the images that a recipe shows its network: augmented, with their labels."""
     from hpetr.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from hpetr.training.show_data import write_grid
 
-    typer.echo(f"pictures: {write_grid(loaded, output, pictures, seed)}")
+    typer.echo(f"images: {write_grid(loaded, output, images, seed)}")
 
 
 @data_app.command()
 def sigmas(
-    files: Annotated[list[Path], typer.Argument(help="COCO keypoint JSONs with labels of the same pictures.")],
+    files: Annotated[list[Path], typer.Argument(help="COCO keypoint JSONs with labels of the same images.")],
 ) -> None:
     """Estimate sigmas from people that were labelled several times.
 

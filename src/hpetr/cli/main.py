@@ -74,7 +74,7 @@ Precision = Annotated[
 ]
 Compiled = Annotated[bool, typer.Option("--compile", help="Run through torch.compile: a minute before it is faster.")]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Pictures that go through the network together. Default: 8 on a GPU, else 1.")
+    int | None, typer.Option(min=1, help="Images that go through the network together. Default: 8 on a GPU, else 1.")
 ]
 
 
@@ -104,7 +104,7 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Pictures, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL. "
+            help="Images, videos, folders of them, quoted glob patterns; a camera's number; a stream's URL. "
             "An exported model (.onnx, .xml) among them is used."
         ),
     ],
@@ -128,10 +128,10 @@ def predict(
         list[str] | None,
         typer.Option(
             "--format",
-            help="Pictures: coco, coco-labels, yolo, labelme, csv; may be given several times. Default: coco.",
+            help="Images: coco, coco-labels, yolo, labelme, csv; may be given several times. Default: coco.",
         ),
     ] = None,
-    draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Write pictures with the poses drawn.")] = True,
+    draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Write images with the poses drawn.")] = True,
     track: Annotated[bool, typer.Option("--track", help="Videos: give every person a number that stays.")] = False,
     smooth: Annotated[
         bool, typer.Option("--smooth", help="Videos: take the jitter from the keypoints; tracks, too.")
@@ -146,22 +146,22 @@ def predict(
     precision: Precision = "float32",
     compiled: Compiled = False,
 ) -> None:
-    """Find the people in pictures and videos: drawings, and the keypoints as JSON."""
-    from hpetr.inference.files import check_outputs, find_pictures, split_off_model
+    """Find the people in images and videos: drawings, and the keypoints as JSON."""
+    from hpetr.inference.files import check_outputs, find_images, split_off_model
     from hpetr.video.naming import split_inputs
 
     inputs, checkpoint = split_off_model(inputs, checkpoint)
     videos, rest = split_inputs(inputs)
-    pictures = find_pictures(rest) if rest else []
-    if videos and pictures and json_file is not None:
-        raise InputError("--json names one file, and there are pictures and videos: expected --output instead")
+    images = find_images(rest) if rest else []
+    if videos and images and json_file is not None:
+        raise InputError("--json names one file, and there are images and videos: expected --output instead")
     if (track or smooth or live is not None) and not videos:
         raise InputError("--track, --smooth and --live are for videos, and there is none")
     if formats and videos:
-        raise InputError("--format is for pictures, and there are videos: their results are JSON lines")
+        raise InputError("--format is for images, and there are videos: their results are JSON lines")
     chosen = list(dict.fromkeys(formats or ["coco"]))
-    if pictures:
-        check_outputs(pictures, output, json_file, draw, chosen)
+    if images:
+        check_outputs(images, output, json_file, draw, chosen)
     if videos:
         from hpetr.video.run import check_video_outputs
 
@@ -171,8 +171,8 @@ def predict(
 
     keep_freed_memory()
     predictor = open_predictor(checkpoint, device, threshold, precision=precision, compiled=compiled)
-    if pictures:
-        _predict_pictures(predictor, pictures, output, json_file, draw, batch_size, chosen)
+    if images:
+        _predict_images(predictor, images, output, json_file, draw, batch_size, chosen)
     if videos:
         from hpetr.cli.video import predict_and_report
         from hpetr.video.run import VideoOptions
@@ -181,9 +181,9 @@ def predict(
         predict_and_report(predictor, videos, output, json_file, options)
 
 
-def _predict_pictures(
+def _predict_images(
     predictor: Predictor,
-    pictures: list[Path],
+    images: list[Path],
     output: Path,
     json_file: Path | None,
     draw: bool,
@@ -192,10 +192,10 @@ def _predict_pictures(
 ) -> None:
     from hpetr.inference.files import predict_files
 
-    with progress("Predicting", len(pictures)) as advance:
-        run = predict_files(predictor, pictures, output, json_file, draw, batch_size, advance, formats)
-    read = run.pictures - len(run.unreadable)
-    typer.echo(f"{count(run.people, 'person', 'people')} in {count(read, 'picture', 'pictures')}")
+    with progress("Predicting", len(images)) as advance:
+        run = predict_files(predictor, images, output, json_file, draw, batch_size, advance, formats)
+    read = run.images - len(run.unreadable)
+    typer.echo(f"{count(run.people, 'person', 'people')} in {count(read, 'image', 'images')}")
     if draw:
         typer.echo(f"drawings: {output}")
     for written in run.written:
@@ -204,7 +204,7 @@ def _predict_pictures(
         for _, reason in run.unreadable:
             typer.echo(f"warning: {reason}", err=True)
         names = ", ".join(str(path) for path, _ in run.unreadable)
-        typer.echo(f"{len(run.unreadable)} of {run.pictures} pictures could not be read: {names}", err=True)
+        typer.echo(f"{len(run.unreadable)} of {run.images} images could not be read: {names}", err=True)
 
 
 @app.command("eval", cls=_EvalCommand)
@@ -218,10 +218,10 @@ def evaluate_command(
         ),
     ],
     annotations: Annotated[Path | None, typer.Option(help="COCO keypoint JSON, when it is elsewhere.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures. Default: beside the JSON.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which pictures of a YOLO data.yaml. Default: val.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images. Default: beside the JSON.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which images of a YOLO data.yaml. Default: val.")] = None,
     flip_test: Annotated[
-        bool, typer.Option("--flip-test", help="Merge the poses of each picture and of its mirror image.")
+        bool, typer.Option("--flip-test", help="Merge the poses of each image and of its mirror image.")
     ] = False,
     zoo: Annotated[
         Path | None,
@@ -235,7 +235,7 @@ def evaluate_command(
             "Default: outputs/eval.json, outputs/zoo.json."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the data.")] = None,
     device: Device = "auto",
     card: Annotated[bool, typer.Option("--card", help="Write the figures into the checkpoint's model card.")] = False,
     precision: Precision = "float32",
@@ -463,8 +463,8 @@ def _print_licenses() -> None:
 
 def _print_metrics(result: EvalResult, source: str) -> None:
     rows = [(name, "-" if value < 0 else f"{value:.4f}") for name, value in result.metrics.items()]
-    pictures = count(result.pictures, "picture", "pictures")
-    print_table(f"{source}: {pictures}, {result.seconds:.1f} s", rows)
+    images = count(result.images, "image", "images")
+    print_table(f"{source}: {images}, {result.seconds:.1f} s", rows)
 
 
 def _print_zoo(result: ZooResult, source: str) -> None:
@@ -478,8 +478,8 @@ def _print_zoo(result: ZooResult, source: str) -> None:
             published += f" ({other:.3f})"
         difference = "-" if score.difference is None else f"{score.difference:+.4f}"
         rows.append((score.path.name, score.preset, "-" if ap < 0 else f"{ap:.4f}", published, difference))
-    pictures = count(result.scores[0].result.pictures, "picture", "pictures")
-    title = f"{source}: {pictures}. Published: of all COCO val2017 or CrowdPose test (PETR's own zoo)"
+    images = count(result.scores[0].result.images, "image", "images")
+    title = f"{source}: {images}. Published: of all COCO val2017 or CrowdPose test (PETR's own zoo)"
     print_table(title, rows, header=("checkpoint", "model", "AP", "published", "difference"))
 
 

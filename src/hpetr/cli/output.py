@@ -37,7 +37,7 @@ def print_table(title: str, rows: Any, header: tuple[str, ...] = ()) -> None:
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where that is a terminal, of torchrun's processes the first one's; yields what to call with the
-    number of pictures done.
+    number of images done.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -21,16 +21,16 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     max_megabytes: Annotated[float, typer.Option(help="Largest upload.")] = 20,
-    max_pixels: Annotated[float, typer.Option(help="Largest picture, e.g. 50e6.")] = 50e6,
+    max_pixels: Annotated[float, typer.Option(help="Largest image, e.g. 50e6.")] = 50e6,
     queue: Annotated[int, typer.Option(min=1, help="Requests inside at once; more are sent away with 503.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer, or to 504.")] = 30,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pictures that go through the network together. Default: 8 on a GPU, else 1."),
+        typer.Option(min=1, help="Images that go through the network together. Default: 8 on a GPU, else 1."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Serve a page to try the model on pictures and the camera, and an HTTP API. Stop it with Ctrl+C."""
+    """Serve a page to try the model on images and the camera, and an HTTP API. Stop it with Ctrl+C."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -61,7 +61,7 @@ def serve_command(
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"{name} on http://{shown}:{bound} (description of the API: /openapi.json)")
             if not _is_loopback(host):
-                typer.echo("warning: other machines can send pictures here, nobody is asked for a password", err=True)
+                typer.echo("warning: other machines can send images here, nobody is asked for a password", err=True)
 
         serve(service, listener, ready)
     typer.echo("stopped")

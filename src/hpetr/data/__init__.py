@@ -1,4 +1,4 @@
-"""Pictures and poses: reading, checking, augmenting and batching them."""
+"""Images and poses: reading, checking, augmenting and batching them."""
 
 from hpetr.data.annotations import ImageRecord, PoseAnnotations, load_annotations
 from hpetr.data.augment import (

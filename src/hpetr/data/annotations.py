@@ -98,7 +98,7 @@ def raise_first(problems: Sequence[Problem]) -> None:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """A picture: `file_name` relative to the folder of the pictures, width and height in pixels."""
+    """An image: `file_name` relative to the folder of the images, width and height in pixels."""
 
     id: int
     file_name: str
@@ -114,7 +114,7 @@ class PoseAnnotations:
     """
 
     path: Path  # the file that describes the data set
-    root: Path  # folder of the pictures; not necessarily there
+    root: Path  # folder of the images; not necessarily there
     images: list[ImageRecord]
     categories: list[dict[str, Any]]  # those with keypoints, in the file's order: index = class label
     ids: np.ndarray  # (A,) int64
@@ -172,13 +172,13 @@ def read_annotations(path: str | os.PathLike[str], images: str | os.PathLike[str
 
     Args:
         path: the JSON.
-        images: folder of the pictures, which is not looked into; None takes `images` beside the JSON.
+        images: folder of the images, which is not looked into; None takes `images` beside the JSON.
 
     Returns:
         What is right; what is not is in `problems`.
 
     Raises:
-        InputError: nothing can be said about the annotations: no JSON, no pictures, or no usable categories.
+        InputError: nothing can be said about the annotations: no JSON, no images, or no usable categories.
     """
     path = Path(path)
     with _without_garbage_collection():
@@ -245,9 +245,9 @@ def short(value: Any) -> str:
 
 
 def _read_images(path: Path, items: list[dict[str, Any]], log: ProblemLog) -> tuple[list[ImageRecord], set[int]]:
-    """The valid records, and the ids of all: a fault of a picture is not one of each of its annotations."""
+    """The valid records, and the ids of all: a fault of an image is not one of each of its annotations."""
     if not items:
-        raise InputError(f"{path}: 'images' is empty, expected at least one picture")
+        raise InputError(f"{path}: 'images' is empty, expected at least one image")
     records = []
     seen: set[int] = set()
     for position, item in enumerate(items):
@@ -259,14 +259,14 @@ def _read_images(path: Path, items: list[dict[str, Any]], log: ProblemLog) -> tu
         if image_id in seen:
             log.add("duplicate image id", where, "'id' occurs twice, expected distinct ids")
         seen.add(image_id)
-        name = log.field(item, "file_name", str, where, "the path of the picture")
+        name = log.field(item, "file_name", str, where, "the path of the image")
         width = log.field(item, "width", int, where, "a whole number of pixels")
         height = log.field(item, "height", int, where, "a whole number of pixels")
         if len(log.problems) > before or name is None or width is None or height is None:
             continue
         if not name or width < 1 or height < 1:
             text = f"{name!r} of {width} x {height}, expected a file_name and at least 1 x 1 pixels"
-            log.add("picture without name or size", where, text)
+            log.add("image without name or size", where, text)
             continue
         records.append(ImageRecord(image_id, name, width, height))
     return records, seen
@@ -390,7 +390,7 @@ class _Rows:
 
         keypoints[visibility == 0] = 0
         boxes[:, 2:] += boxes[:, :2]
-        # Pictures with a problem of their own are not in image_index: neither are their people rows.
+        # Images with a problem of their own are not in image_index: neither are their people rows.
         index = np.array([image_index.get(image_id, -1) for image_id in columns[:, 1].tolist()], dtype=np.int64)
         kept = ~check.wrong & (index >= 0)
         return {

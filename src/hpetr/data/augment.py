@@ -50,7 +50,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
-    """Mirror the picture with probability `p`; left joints become right ones.
+    """Mirror the image with probability `p`; left joints become right ones.
 
     Args:
         p: probability.
@@ -107,7 +107,7 @@ class RandomCropResize:
     Args:
         first: before the cut.
         second: after the cut.
-        crop_height: smallest and largest height of the cut in pixels, drawn evenly; the picture's where that is less.
+        crop_height: smallest and largest height of the cut in pixels, drawn evenly; the image's where that is less.
         crop_width: likewise.
     """
 
@@ -132,9 +132,9 @@ def _random_span(side: int, sizes: tuple[int, int], rng: np.random.Generator) ->
 
 
 def mosaic(samples: Sequence[Sample], fill: tuple[float, float, float]) -> Sample:
-    """Four pictures in one, two by two: what teaches crowds and small people where most pictures show one person.
+    """Four images in one, two by two: what teaches crowds and small people where most images show one person.
 
-    Every picture is resized to the mean of their long sides and lies in the middle of its square cell; with `fill`, RGB
+    Every image is resized to the mean of their long sides and lies in the middle of its square cell; with `fill`, RGB
     in 0..255, around it. The name and the id are the first one's.
     """
     side = round(float(np.mean([max(sample.image.shape[:2]) for sample in samples])))
@@ -160,13 +160,13 @@ def mosaic(samples: Sequence[Sample], fill: tuple[float, float, float]) -> Sampl
 
 @dataclass(frozen=True)
 class RandomAffine:
-    """Rotate, shear and scale about the centre of the picture, whose size stays.
+    """Rotate, shear and scale about the center of the image, whose size stays.
 
     Args:
         rotation: largest angle in degrees, either way.
         shear: largest angle in degrees, either way, along x and along y.
         scale: smallest and largest scale.
-        fill: RGB of what comes from outside the picture, 0..255; the mean of ImageNet, which normalises to about 0.
+        fill: RGB of what comes from outside the image, 0..255; the mean of ImageNet, which normalizes to about 0.
     """
 
     rotation: float = 30.0
@@ -182,9 +182,9 @@ class RandomAffine:
         shear_x, shear_y = np.tan(np.deg2rad(rng.uniform(-self.shear, self.shear, size=2)))
         rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         linear = np.array([[1, shear_x], [shear_y, 1]]) @ rotate * rng.uniform(*self.scale)  # (2, 2)
-        centre = np.array([width / 2, height / 2])
-        matrix = np.column_stack([linear, centre - linear @ centre])  # (2, 3)
-        # OpenCV counts from the centre of the first pixel, labels from the picture's edge, half a pixel before it.
+        center = np.array([width / 2, height / 2])
+        matrix = np.column_stack([linear, center - linear @ center])  # (2, 3)
+        # OpenCV counts from the center of the first pixel, labels from the image's edge, half a pixel before it.
         warp = matrix.copy()
         warp[:, 2] += linear @ (0.5, 0.5) - 0.5
         image = cv2.warpAffine(sample.image, warp, (width, height), flags=cv2.INTER_LINEAR, borderValue=self.fill)

@@ -16,11 +16,11 @@ import numpy as np
 from hpetr.data.annotations import PoseAnnotations, Problem, read_annotations
 from hpetr.data.dataset import (
     DatasetReport,
-    PictureSizeError,
+    ImageSizeError,
     PoseDataset,
     check_split,
-    missing_pictures,
-    read_picture,
+    missing_images,
+    read_image,
     select_people,
     skeleton_of,
     source_file,
@@ -78,16 +78,16 @@ class CheckReport:
         if not self.accepted:
             errors = sum(finding.count for finding in self.findings if finding.level == "error")
             return [*lines, f"training refuses this data set: {errors:,} error{'s' if errors > 1 else ''}"]
-        with_people = content.pictures - content.pictures_without_people
-        lines.append(f"training uses {content.people:,} people in {with_people:,} pictures")
+        with_people = content.images - content.images_without_people
+        lines.append(f"training uses {content.people:,} people in {with_people:,} images")
         left_out = [
-            ("takes as background", content.pictures_without_people, "pictures without people"),
+            ("takes as background", content.images_without_people, "images without people"),
             (
                 "ignores",
                 content.people_without_keypoints + content.crowds - content.boxes_without_extent,
-                "regions: crowds, and people without keypoints in their picture",
+                "regions: crowds, and people without keypoints in their image",
             ),
-            ("ignores", content.keypoints_outside, "keypoints outside their picture"),
+            ("ignores", content.keypoints_outside, "keypoints outside their image"),
             ("skips", content.boxes_without_extent, "crowds or people without keypoints whose box has no extent"),
             ("skips", content.other_categories, "annotations of categories without keypoints"),
         ]
@@ -99,7 +99,7 @@ def check_dataset(
     path: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
     split: str | None = None,
-    pictures: bool = True,
+    decode: bool = True,
     examples: int = 3,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -107,10 +107,10 @@ def check_dataset(
 
     Args:
         path, images, split: see `open_dataset`.
-        pictures: read and decode every picture, and look for equal ones; else only look whether they are there.
+        decode: read and decode every image, and look for equal ones; else only look whether they are there.
         examples: how many of each kind the report names.
-        progress: called with the number of pictures, gives the context in which they are read; what that gives is
-            called with 1 after each picture.
+        progress: called with the number of images, gives the context in which they are read; what that gives is
+            called with 1 after each image.
 
     Raises:
         InputError: nothing can be said at all: see `read_annotations` and `read_yolo`.
@@ -124,19 +124,19 @@ def check_dataset(
     problems = list(loaded.problems)
     missing: dict[int, Problem] = {}
     try:
-        missing = missing_pictures(loaded)
+        missing = missing_images(loaded)
     except InputError as error:
-        pictures = False
-        problems.append(Problem("no folder of pictures", str(error)))
+        decode = False
+        problems.append(Problem("no folder of images", str(error)))
     problems += missing.values()
     findings = _Findings(loaded, examples)
     findings.skeleton(problems)
     findings.rows(content)
-    if pictures:
+    if decode:
         there = [index for index in range(len(loaded.images)) if index not in missing]
         with progress(len(there)) if progress else nullcontext() as advance:
             problems += _decode(loaded, there, advance)
-        findings.equal_pictures(there)
+        findings.equal_images(there)
     report.findings = [*_grouped(problems, examples), *findings.found]
     return report
 
@@ -148,21 +148,21 @@ def _grouped(problems: Iterable[Problem], examples: int) -> list[Finding]:
     return [Finding("error", kind, len(lines), tuple(lines[:examples])) for kind, lines in kinds.items()]
 
 
-def _picture_paths(loaded: PoseAnnotations, indices: Iterable[int]) -> list[Path]:
+def _image_paths(loaded: PoseAnnotations, indices: Iterable[int]) -> list[Path]:
     return [loaded.root / loaded.images[index].file_name for index in indices]
 
 
 def _decode(loaded: PoseAnnotations, indices: list[int], advance: Callable[[int], None] | None) -> list[Problem]:
-    """Read every picture as training does; decoding releases Python's lock, so threads are enough."""
+    """Read every image as training does; decoding releases Python's lock, so threads are enough."""
 
     def problem_of(index: int) -> Problem | None:
         record = loaded.images[index]
         try:
-            read_picture(loaded.root / record.file_name, record.width, record.height)
-        except PictureSizeError as error:
-            return Problem("picture of another size", str(error))
+            read_image(loaded.root / record.file_name, record.width, record.height)
+        except ImageSizeError as error:
+            return Problem("image of another size", str(error))
         except InputError as error:
-            return Problem("unreadable picture", str(error))
+            return Problem("unreadable image", str(error))
         return None
 
     problems = []
@@ -203,7 +203,7 @@ class _Findings:
             text = f"every keypoint gets {FALLBACK_SIGMA}, so AP compares only with itself (see `hpetr data sigmas`)"
             self.add("warning", "no sigmas", 1, [f"{path}: {text}"])
         unpaired = unpaired_sides(skeleton)
-        text = "a side in the name but no flip pair: a mirrored picture keeps it as it is"
+        text = "a side in the name but no flip pair: a mirrored image keeps it as it is"
         self.add(
             "warning",
             "no flip pair",
@@ -228,7 +228,7 @@ class _Findings:
 
             return text
 
-        kind = "people with keypoints outside their picture, taken as not labelled"
+        kind = "people with keypoints outside their image, taken as not labelled"
         self.warn_rows(kind, np.flatnonzero(outside.any(axis=1)), first_of(outside))
         gap = np.maximum(near - xy, xy - far).max(axis=-1)  # (A, K), above 0 outside the box
         longer = (loaded.boxes[:, 2:] - loaded.boxes[:, :2]).max(axis=1, initial=0)
@@ -237,7 +237,7 @@ class _Findings:
         self.warn_rows(kind, np.flatnonzero(astray.any(axis=1)), first_of(astray))
         # Half a pixel: rounded annotations.
         beyond = (loaded.boxes[:, :2] < -0.5).any(axis=1) | (loaded.boxes[:, 2:] > limits + 0.5).any(axis=1)
-        self.warn_rows("boxes that reach outside their picture, clipped", np.flatnonzero(beyond), self._box)
+        self.warn_rows("boxes that reach outside their image, clipped", np.flatnonzero(beyond), self._box)
         pairs = duplicate_people(loaded)
         seconds = np.array(list(pairs), dtype=np.int64)
         text = "nearly the keypoints of {}"
@@ -253,15 +253,15 @@ class _Findings:
         x1, y1, x2, y2 = self.loaded.boxes[row]
         return f"x {x1:g} to {x2:g}, y {y1:g} to {y2:g} in {record.width} x {record.height}"
 
-    def equal_pictures(self, indices: list[int]) -> None:
-        paths = _picture_paths(self.loaded, indices)
+    def equal_images(self, indices: list[int]) -> None:
+        paths = _image_paths(self.loaded, indices)
         groups = equal_files(paths)
         lines = (", ".join(str(paths[index]) for index in group) for group in groups[: self.examples])
-        self.add("warning", "groups of pictures with equal content", len(groups), lines)
+        self.add("warning", "groups of images with equal content", len(groups), lines)
 
 
 def duplicate_people(loaded: PoseAnnotations) -> dict[int, int]:
-    """Rows whose labels are nearly those of an earlier row of the same picture, and that row.
+    """Rows whose labels are nearly those of an earlier row of the same image, and that row.
 
     Of the keypoints that either has, at least half are labelled in both, and these are closer than 3% of the root of
     the area on average.
@@ -288,12 +288,12 @@ def duplicate_people(loaded: PoseAnnotations) -> dict[int, int]:
     return pairs
 
 
-def shared_pictures(train: Sequence[PoseDataset], val: PoseDataset) -> list[Path]:
-    """The pictures of `val` that are also in `train`: the same file, or another one with the same content.
+def shared_images(train: Sequence[PoseDataset], val: PoseDataset) -> list[Path]:
+    """The images of `val` that are also in `train`: the same file, or another one with the same content.
 
     Files that cannot be read are shared with nobody.
     """
-    paths = [*val.picture_paths, *(path for dataset in train for path in dataset.picture_paths)]
+    paths = [*val.image_paths, *(path for dataset in train for path in dataset.image_paths)]
     count = len(val)
     groups = equal_files(paths, lambda group: group[0] < count <= group[-1])
     return [paths[index] for index in sorted(index for group in groups for index in group if index < count)]

@@ -19,7 +19,7 @@ from hpetr.model.image_processor import HPetrImageProcessor
 
 @dataclass(frozen=True)
 class PoseCollator:
-    """Put the pictures of B samples into one batch, padded as the processor does, and make tensors of their labels.
+    """Put the images of B samples into one batch, padded as the processor does, and make tensors of their labels.
 
     The pixels stay bytes: from worker processes and to a device they travel at a quarter of the size of floats.
     `normalize` makes there what a model takes.
@@ -28,10 +28,10 @@ class PoseCollator:
         image_mean, image_std, pad_size_divisor: see `HPetrImageProcessor`; `from_processor` takes them from one.
 
     Returns, when called:
-        dict with `pixel_values` (B, 3, H, W) uint8, 0 on padding, `pixel_mask` (B, H, W) bool, true on the picture, and
-        `labels`, a list of B dicts of tensors, in pixels of the picture before padding: `keypoints` (n, K, 3) x, y,
+        dict with `pixel_values` (B, 3, H, W) uint8, 0 on padding, `pixel_mask` (B, H, W) bool, true on the image, and
+        `labels`, a list of B dicts of tensors, in pixels of the image before padding: `keypoints` (n, K, 3) x, y,
         visibility; `boxes` (n, 4) x1, y1, x2, y2; `areas` (n,); `class_labels` (n,) int64; `ignore_boxes` (m, 4).
-        `pictures` is a list of B pairs of image id and path, which no device gets to see.
+        `images` is a list of B pairs of image id and path, which no device gets to see.
     """
 
     image_mean: Sequence[float] = IMAGENET_MEAN
@@ -40,7 +40,7 @@ class PoseCollator:
 
     @classmethod
     def from_processor(cls, processor: HPetrImageProcessor) -> PoseCollator:
-        """A collator with the processor's normalisation and padding."""
+        """A collator with the processor's normalization and padding."""
         return cls(processor.image_mean, processor.image_std, processor.pad_size_divisor)
 
     def __call__(self, samples: Sequence[Sample]) -> Any:
@@ -67,9 +67,9 @@ class _Packed:
     """
 
     pixels: np.ndarray  # (B, 3, H, W) uint8
-    sizes: list[tuple[int, int]]  # height and width of each picture
+    sizes: list[tuple[int, int]]  # height and width of each image
     labels: list[dict[str, np.ndarray]]
-    pictures: list[tuple[int, str]]
+    images: list[tuple[int, str]]
 
     @classmethod
     def of(cls, samples: Sequence[Sample], divisor: int) -> _Packed:
@@ -88,17 +88,17 @@ class _Packed:
     def batch(self) -> dict[str, Any]:
         batch, _, height, width = self.pixels.shape
         mask = torch.zeros(batch, height, width, dtype=torch.bool)
-        for picture, (h, w) in zip(mask, self.sizes, strict=True):
-            picture[:h, :w] = True
+        for image, (h, w) in zip(mask, self.sizes, strict=True):
+            image[:h, :w] = True
         return {
             "pixel_values": torch.from_numpy(self.pixels),
             "pixel_mask": mask,
             "labels": [{name: torch.from_numpy(array) for name, array in person.items()} for person in self.labels],
-            "pictures": self.pictures,
+            "images": self.images,
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpack, (self.pixels, self.sizes, self.labels, self.pictures)
+        return _unpack, (self.pixels, self.sizes, self.labels, self.images)
 
 
 def _unpack(*parts: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Datasets of pictures with poses: COCO and CrowdPose JSON, YOLO-pose, one class for whoever reads them."""
+"""Datasets of images with poses: COCO and CrowdPose JSON, YOLO-pose, one class for whoever reads them."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ SOURCE_NAMES = ("annotations.json", "data.yaml")
 class DatasetReport:
     """What a dataset holds, and what it leaves out."""
 
-    pictures: int
-    pictures_without_people: int
+    images: int
+    images_without_people: int
     people: int
     people_without_keypoints: int  # ignored regions in training
     crowds: int  # ignored regions in training
     boxes_without_extent: int  # crowds or people without keypoints that nothing can be done with
-    keypoints_outside: int  # labelled outside their picture, taken as not labelled
+    keypoints_outside: int  # labelled outside their image, taken as not labelled
     filled_areas: int  # no `area` in the file: 0.53 times the box
     other_categories: int  # annotations of categories without keypoints, left out
 
     def __str__(self) -> str:
-        """One line: pictures and people, and of the rest what is not 0."""
+        """One line: images and people, and of the rest what is not 0."""
         counts = ((field.name.replace("_", " "), getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{count:,} {name}" for name, count in counts if count or name in ("pictures", "people"))
+        return ", ".join(f"{count:,} {name}" for name, count in counts if count or name in ("images", "people"))
 
 
 @dataclass(frozen=True)
 class SelectedPeople:
-    """What training uses of `PoseAnnotations`: plain arrays in the order of the pictures, which worker processes share.
+    """What training uses of `PoseAnnotations`: plain arrays in the order of the images, which worker processes share.
 
-    Boxes are clipped to their picture, keypoints outside it are 0, 0, 0.
+    Boxes are clipped to their image, keypoints outside it are 0, 0, 0.
     """
 
     keypoints: np.ndarray  # (A, K, 3) float32
@@ -56,25 +56,25 @@ class SelectedPeople:
     class_labels: np.ndarray  # (A,) int64
     is_person: np.ndarray  # (A,) bool
     is_ignored: np.ndarray  # (A,) bool; some rows are neither
-    starts: np.ndarray  # (N + 1,) int64: rows of picture i are starts[i] to starts[i + 1]
+    starts: np.ndarray  # (N + 1,) int64: rows of image i are starts[i] to starts[i + 1]
     report: DatasetReport
 
 
 def select_people(
     loaded: PoseAnnotations, limit: int | None = None, area_of_box: float | None = None
 ) -> SelectedPeople:
-    """Divide the annotations of the first `limit` pictures into people, ignored regions and what is of no use."""
+    """Divide the annotations of the first `limit` images into people, ignored regions and what is of no use."""
     records = loaded.images[:limit]
     order = np.argsort(loaded.image_index, kind="stable")
     order = order[loaded.image_index[order] < len(records)]
-    picture = loaded.image_index[order]
+    image = loaded.image_index[order]
     sizes = np.array([(record.width, record.height) for record in records], dtype=np.float32).reshape(-1, 2)
     keypoints = loaded.keypoints[order]
     xy = keypoints[..., :2]
-    outside = ((xy < 0) | (xy > sizes[picture, None])).any(-1)  # (A, K)
+    outside = ((xy < 0) | (xy > sizes[image, None])).any(-1)  # (A, K)
     keypoints[outside] = 0
     whole_boxes = loaded.boxes[order]
-    boxes = whole_boxes.clip(0, np.tile(sizes[picture], 2))  # (A, 4)
+    boxes = whole_boxes.clip(0, np.tile(sizes[image], 2))  # (A, 4)
     has_extent = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     crowd = loaded.is_crowd[order]
     labelled = (keypoints[..., 2] > 0).any(axis=1)
@@ -83,8 +83,8 @@ def select_people(
     if area_of_box is not None:
         areas = np.float32(area_of_box) * np.prod(whole_boxes[:, 2:] - whole_boxes[:, :2], axis=1)
     report = DatasetReport(
-        pictures=len(records),
-        pictures_without_people=len(records) - len(np.unique(picture[is_person])),
+        images=len(records),
+        images_without_people=len(records) - len(np.unique(image[is_person])),
         people=int(is_person.sum()),
         people_without_keypoints=int((~crowd & ~labelled).sum()),
         crowds=int(crowd.sum()),
@@ -100,24 +100,24 @@ def select_people(
         class_labels=loaded.class_labels[order],
         is_person=is_person,
         is_ignored=~is_person & has_extent,
-        starts=np.searchsorted(picture, np.arange(len(records) + 1)),
+        starts=np.searchsorted(image, np.arange(len(records) + 1)),
         report=report,
     )
 
 
-class PictureSizeError(InputError):
-    """A picture has another size than its annotation."""
+class ImageSizeError(InputError):
+    """An image has another size than its annotation."""
 
 
-def read_picture(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8 RGB.
 
     Raises:
-        InputError: the picture cannot be read, or (PictureSizeError) is not of the annotated size.
+        InputError: the image cannot be read, or (ImageSizeError) is not of the annotated size.
     """
     image = load_image(path)
     if image.shape[:2] != (height, width):
-        raise PictureSizeError(
+        raise ImageSizeError(
             f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, "
             f"expected {width} x {height} as annotated (EXIF orientation is applied)"
         )
@@ -125,15 +125,15 @@ def read_picture(path: str | os.PathLike[str], width: int, height: int) -> np.nd
 
 
 class PoseDataset(Dataset[Sample]):
-    """Pictures and the poses in them, whatever form they are stored in; `open_dataset` makes one.
+    """Images and the poses in them, whatever form they are stored in; `open_dataset` makes one.
 
-    People are annotations with at least one labelled keypoint inside the picture; crowds and people without one are
-    the sample's `ignore_boxes`. Pictures without people are kept: they teach what is no person.
+    People are annotations with at least one labelled keypoint inside the image; crowds and people without one are
+    the sample's `ignore_boxes`. Images without people are kept: they teach what is no person.
 
     Args:
         loaded: annotations without problems.
         skeleton: overrides the one that the first keypoint category describes.
-        limit: only the first `limit` pictures.
+        limit: only the first `limit` images.
         area_of_box: the area of every person is this share of its box, whatever the file says.
 
     Attributes:
@@ -144,7 +144,7 @@ class PoseDataset(Dataset[Sample]):
         report: counts of what is there and what is left out (of other categories and filled areas: in the whole file).
 
     Raises:
-        InputError: a picture is missing, or the skeleton has another K. On reading a sample: the picture is broken or
+        InputError: an image is missing, or the skeleton has another K. On reading a sample: the image is broken or
             not of the annotated size.
     """
 
@@ -161,7 +161,7 @@ class PoseDataset(Dataset[Sample]):
         limit: int | None = None,
         area_of_box: float | None = None,
     ) -> None:
-        raise_first([*loaded.problems, *missing_pictures(loaded, limit).values()])
+        raise_first([*loaded.problems, *missing_images(loaded, limit).values()])
         self.path = loaded.path
         self.category = loaded.category
         self.class_names = [str(category.get("name", category["id"])) for category in loaded.categories]
@@ -190,7 +190,7 @@ class PoseDataset(Dataset[Sample]):
         rows = slice(people.starts[index], people.starts[index + 1])
         kept = people.is_person[rows]
         return Sample(
-            image=read_picture(path, width, height),
+            image=read_image(path, width, height),
             keypoints=people.keypoints[rows][kept],
             boxes=people.boxes[rows][kept],
             areas=people.areas[rows][kept],
@@ -201,18 +201,18 @@ class PoseDataset(Dataset[Sample]):
         )
 
     @property
-    def picture_paths(self) -> list[Path]:
-        """The N pictures' files, in the order of the samples."""
+    def image_paths(self) -> list[Path]:
+        """The N images' files, in the order of the samples."""
         return [Path(path) for path in self._paths.tolist()]
 
     @property
-    def picture_sizes(self) -> np.ndarray:
-        """(N, 2) int64 width, height in pixels, in the order of the samples; no picture is opened."""
+    def image_sizes(self) -> np.ndarray:
+        """(N, 2) int64 width, height in pixels, in the order of the samples; no image is opened."""
         return self._sizes.copy()
 
     @property
     def has_people(self) -> np.ndarray:
-        """(N,) bool: whether anybody is annotated in a picture, with keypoints or without, a crowd included."""
+        """(N,) bool: whether anybody is annotated in an image, with keypoints or without, a crowd included."""
         return np.diff(self._people.starts) > 0
 
     @abstractmethod
@@ -225,17 +225,17 @@ class PoseDataset(Dataset[Sample]):
 
 
 class CocoPoseDataset(PoseDataset):
-    """A COCO keypoint JSON, CrowdPose's among them, and its pictures; see `PoseDataset`.
+    """A COCO keypoint JSON, CrowdPose's among them, and its images; see `PoseDataset`.
 
     Args:
         annotations: the JSON; see `read_annotations` for what is expected of it.
-        images: folder of the pictures; None takes `images` beside the JSON.
+        images: folder of the images; None takes `images` beside the JSON.
         skeleton: overrides the one that the JSON's first keypoint category describes.
-        limit: only the first `limit` pictures of the JSON.
+        limit: only the first `limit` images of the JSON.
         area_of_box: the area of every person is this share of its box (CrowdPose training takes 1.0).
 
     Raises:
-        InputError: the JSON is not valid, a picture is missing, or the skeleton has another K.
+        InputError: the JSON is not valid, an image is missing, or the skeleton has another K.
     """
 
     def __init__(
@@ -268,11 +268,11 @@ class YoloPoseDataset(PoseDataset):
         split: `train`, `val` or `test`.
         images: replaces `path`, the root folder of the YAML.
         skeleton: overrides the one that the YAML describes.
-        limit: only the first `limit` pictures.
+        limit: only the first `limit` images.
         area_of_box: the area of every person as a share of its box; None is 0.53.
 
     Raises:
-        InputError: the YAML or a label is not valid, a picture is missing, or the skeleton has another K.
+        InputError: the YAML or a label is not valid, an image is missing, or the skeleton has another K.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ def open_dataset(
     Args:
         path: `.json` is a COCO or CrowdPose JSON, `.yaml` or `.yml` the data file of YOLO-pose; a folder holds
             `annotations.json` or `data.yaml`.
-        images: folder of the pictures, see `CocoPoseDataset` and `YoloPoseDataset`.
+        images: folder of the images, see `CocoPoseDataset` and `YoloPoseDataset`.
         split: which part of a YOLO-pose data set, which needs one; a JSON has none.
         skeleton, limit, area_of_box: see `PoseDataset`.
 
@@ -362,25 +362,25 @@ def skeleton_of(loaded: PoseAnnotations) -> Skeleton:
         raise InputError(f"{loaded.path}: {error}") from error
 
 
-def missing_pictures(loaded: PoseAnnotations, limit: int | None = None) -> dict[int, Problem]:
-    """The first `limit` pictures that are no files, by index.
+def missing_images(loaded: PoseAnnotations, limit: int | None = None) -> dict[int, Problem]:
+    """The first `limit` images that are no files, by index.
 
     Raises:
-        InputError: there is no folder of pictures at all.
+        InputError: there is no folder of images at all.
     """
     if not loaded.root.is_dir():
-        raise InputError(f"{loaded.root}: no such folder, expected the pictures of {loaded.path}")
+        raise InputError(f"{loaded.root}: no such folder, expected the images of {loaded.path}")
     listings: dict[str, set[str]] = {}
     missing = {}
     for index, record in enumerate(loaded.images[:limit]):
         path = os.path.join(loaded.root, record.file_name)
         folder, name = os.path.split(path)
-        if folder not in listings:  # one listing of a folder, not a question for each of 100,000 pictures
+        if folder not in listings:  # one listing of a folder, not a question for each of 100,000 images
             listings[folder] = _files_in(folder)
         # A file system that ignores case has files under other names than it lists.
         if name not in listings[folder] and not os.path.isfile(path):
-            text = f"image {record.id}: 'file_name' {record.file_name!r}: no picture {path}"
-            missing[index] = Problem("missing picture", f"{loaded.path}: {text}")
+            text = f"image {record.id}: 'file_name' {record.file_name!r}: no image {path}"
+            missing[index] = Problem("missing image", f"{loaded.path}: {text}")
     return missing
 
 
@@ -394,6 +394,6 @@ def _files_in(folder: str) -> set[str]:
 
 def _check_options(limit: int | None, area_of_box: float | None) -> None:
     if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}, expected at least 1 picture")
+        raise InputError(f"limit is {limit}, expected at least 1 image")
     if area_of_box is not None and not (math.isfinite(area_of_box) and area_of_box > 0):
         raise InputError(f"area_of_box is {area_of_box}, expected a positive share of the box")

@@ -1,4 +1,4 @@
-"""One picture with its labels, and the one way to move labels when the picture moves."""
+"""One image with its labels, and the one way to move labels when the image moves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass
 class Sample:
-    """A picture and its n people. Coordinates are pixels of `image`: x in 0..W, y in 0..H, 0 at the picture's edge.
+    """An image and its n people. Coordinates are pixels of `image`: x in 0..W, y in 0..H, 0 at the image's edge.
 
     A keypoint that is not labelled is 0, 0, 0, and one that nobody can see 0, 0, -1. `ignore_boxes` hold crowds and
     people without labelled keypoints: they are neither people to find nor background.
@@ -27,14 +27,14 @@ class Sample:
 
 
 def move_labels(sample: Sample, image: np.ndarray, matrix: np.ndarray) -> Sample:
-    """The sample with `image`, a picture made from its own by an affine map, and the labels moved with it.
+    """The sample with `image`, an image made from its own by an affine map, and the labels moved with it.
 
-    Keypoints outside the new picture become unlabelled and people left without any are dropped; boxes become the
-    extent of their moved corners, clipped to the picture, and ignored boxes left without extent are dropped; areas
+    Keypoints outside the new image become unlabelled and people left without any are dropped; boxes become the
+    extent of their moved corners, clipped to the image, and ignored boxes left without extent are dropped; areas
     scale with the map's area.
 
     Args:
-        sample: the picture and labels before the map.
+        sample: the image and labels before the map.
         image: (H', W', 3) uint8.
         matrix: (2, 3), maps old pixel coordinates x, y, 1 to new ones.
     """

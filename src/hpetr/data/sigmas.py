@@ -34,7 +34,7 @@ class SigmaEstimate:
 
 
 def estimate_sigmas(files: Sequence[str | os.PathLike[str]]) -> SigmaEstimate:
-    """The spread of repeated labels, as COCO measured its own sigmas on 5,000 pictures that were labelled twice.
+    """The spread of repeated labels, as COCO measured its own sigmas on 5,000 images that were labelled twice.
 
     COCO's keypoint evaluation (cocodataset.org, Keypoint Evaluation, 1.3) defines sigma_k^2 = E[d_k^2 / s^2] with s^2
     the person's area and sigma_k the standard deviation of a keypoint's labels; OKS then uses k_k = 2 sigma_k, which
@@ -43,14 +43,14 @@ def estimate_sigmas(files: Sequence[str | os.PathLike[str]]) -> SigmaEstimate:
     labels that is half the squared distance between them. s^2 is the mean of the files' areas of the person.
 
     Args:
-        files: two or more COCO keypoint JSONs of the same pictures (by `file_name`) and keypoint names. People of the
+        files: two or more COCO keypoint JSONs of the same images (by `file_name`) and keypoint names. People of the
             first file are matched with those of each other one by the boxes of best IoU, at least 0.5, one to one.
 
     Raises:
         InputError: fewer than two files, files that do not fit together, or nobody who was labelled twice.
     """
     if len(files) < 2:
-        raise InputError("sigmas: expected at least two COCO keypoint JSONs with labels of the same pictures")
+        raise InputError("sigmas: expected at least two COCO keypoint JSONs with labels of the same images")
     first, *others = (load_annotations(file) for file in files)
     names = tuple(first.category["keypoints"])
     for other in others:

@@ -1,4 +1,4 @@
-"""YOLO-pose: a `data.yaml`, folders of pictures, and one text file of normalised labels for each picture."""
+"""YOLO-pose: a `data.yaml`, folders of images, and one text file of normalized labels for each image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hpetr.images.read import load_image
 from hpetr.poses.skeleton import COCO, is_text
 
 SPLITS = ("train", "val", "test")
-# A coordinate this far outside 0..1 is in pixels or of another format; one that is nearer overhangs the picture.
+# A coordinate this far outside 0..1 is in pixels or of another format; one that is nearer overhangs the image.
 FAR_OUTSIDE = 1.0
 
 
 @dataclass(frozen=True)
 class YoloConfig:
-    """What a `data.yaml` says; `splits` gives each split's entries, folders of pictures or `.txt` lists of them."""
+    """What a `data.yaml` says; `splits` gives each split's entries, folders of images or `.txt` lists of them."""
 
     path: Path
     root: Path
@@ -37,7 +37,7 @@ class YoloConfig:
 
 @dataclass
 class YoloAnnotations(PoseAnnotations):
-    """The labels of one split; `ids` count from 1 in the order of the pictures."""
+    """The labels of one split; `ids` count from 1 in the order of the images."""
 
     lines: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (A,) line of the label file
 
@@ -57,38 +57,38 @@ def read_yolo(
     """Read one split of a YOLO-pose data set and collect its problems.
 
     The label of `.../images/a/b.jpg` is `.../labels/a/b.txt` (the last folder called `images` counts; without one it is
-    beside the picture), with a line `class cx cy w h` and K times `x y` or `x y visibility` for each person, x and y as
-    shares of the picture's width and height. Without visibilities a keypoint at 0, 0 is not labelled. A picture
+    beside the image), with a line `class cx cy w h` and K times `x y` or `x y visibility` for each person, x and y as
+    shares of the image's width and height. Without visibilities a keypoint at 0, 0 is not labelled. An image
     without a label file is background. Areas are 0.53 times the box.
 
     Args:
         path: the `data.yaml`; see `read_yolo_config`.
         split: `train`, `val` or `test`.
         images: replaces the YAML's `path`.
-        limit: only the first `limit` pictures, folders in the order of the paths.
+        limit: only the first `limit` images, folders in the order of the paths.
 
     Returns:
         What is right, in pixels; what is not is in `problems`.
 
     Raises:
-        InputError: nothing can be said about the labels: the YAML is not valid, or there are no pictures.
+        InputError: nothing can be said about the labels: the YAML is not valid, or there are no images.
     """
     config = read_yolo_config(path, images)
-    pictures = list_pictures(config, split)[:limit]
+    paths = list_images(config, split)[:limit]
     log = ProblemLog()
     width = 5 + config.num_keypoints * config.dimensions
     with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda picture: _read_picture_and_labels(picture, width), pictures))
+        parts = list(pool.map(lambda image: _read_image_and_labels(image, width), paths))
     if not any(part.labelled for part in parts):
-        expected = f"e.g. {label_file(pictures[0])}"
-        log.add("no labels", f"{config.path}: '{split}'", f"no picture has a label file, expected {expected}")
+        expected = f"e.g. {label_file(paths[0])}"
+        log.add("no labels", f"{config.path}: '{split}'", f"no image has a label file, expected {expected}")
     records: list[ImageRecord] = []
     kept: list[_Part] = []
-    for number, (picture, part) in enumerate(zip(pictures, parts, strict=True), start=1):
+    for number, (image, part) in enumerate(zip(paths, parts, strict=True), start=1):
         for kind, where, text in part.problems:
             log.add(kind, where, text)
         if part.size is not None:
-            relative = picture.removeprefix(os.path.join(config.root, ""))
+            relative = image.removeprefix(os.path.join(config.root, ""))
             records.append(ImageRecord(number, relative, *part.size))
             kept.append(part)
     return YoloAnnotations(
@@ -96,7 +96,7 @@ def read_yolo(
         root=config.root,
         images=records,
         categories=config.categories,
-        **_rows_to_arrays(config, pictures, records, kept, log),
+        **_rows_to_arrays(config, paths, records, kept, log),
         other_categories=0,
         problems=log.problems,
     )
@@ -125,9 +125,9 @@ def coco_form(loaded: PoseAnnotations) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": loaded.categories}
 
 
-def label_file(picture: str) -> str:
-    """Where the labels of a picture are."""
-    folder, name = os.path.split(picture)
+def label_file(image: str) -> str:
+    """Where the labels of an image are."""
+    folder, name = os.path.split(image)
     parts = list(Path(folder).parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -141,7 +141,7 @@ def read_yolo_config(path: str | os.PathLike[str], images: str | os.PathLike[str
     """Read a `data.yaml`.
 
     Keys: `path`, the root folder (relative to the YAML; default: where the YAML is); `train`, `val`, `test`, each a
-    folder of pictures, a `.txt` that lists pictures, or a list of those, relative to the root; `names`, the classes;
+    folder of images, a `.txt` that lists images, or a list of those, relative to the root; `names`, the classes;
     `kpt_shape: [K, 2 or 3]`; optional `flip_idx`, `kpt_names` (a list, or one for each class), and, for hpetr alone,
     `skeleton` (pairs of 0-based indices) and `sigmas`. Without `kpt_names`, 17 keypoints with COCO's `flip_idx` are
     COCO's. Other keys are not looked at.
@@ -240,47 +240,47 @@ def _keypoint_names(path: Path, values: dict[str, Any], num_keypoints: int, clas
     return [[str(name) for name in named[label]] for label in range(classes)]
 
 
-def list_pictures(config: YoloConfig, split: str) -> list[str]:
-    """The paths of a split's pictures: those under its folders (hidden files left out) by path, lists in their order.
+def list_images(config: YoloConfig, split: str) -> list[str]:
+    """The paths of a split's images: those under its folders (hidden files left out) by path, lists in their order.
 
     Raises:
-        InputError: the YAML has no such split, or an entry leads to no pictures.
+        InputError: the YAML has no such split, or an entry leads to no images.
     """
     if split not in config.splits:
         there = ", ".join(config.splits) or "no split"
         raise InputError(f"{config.path}: split '{split}' is not given, expected one of those there: {there}")
-    pictures: list[str] = []
+    images: list[str] = []
     for entry in config.splits[split]:
         place = os.path.join(config.root, entry)
         if os.path.isdir(place):
-            found = _pictures_under(place)
+            found = _images_under(place)
         elif os.path.isfile(place) and place.lower().endswith(".txt"):
-            found = _pictures_listed(place)
+            found = _images_listed(place)
         else:
             raise InputError(f"{config.path}: '{split}': no folder or .txt {place}")
         if not found:
-            raise InputError(f"{config.path}: '{split}': no picture in {place}")
-        pictures += found
-    return pictures
+            raise InputError(f"{config.path}: '{split}': no image in {place}")
+        images += found
+    return images
 
 
-def _pictures_under(folder: str) -> list[str]:
-    from hpetr.images.read import PICTURE_SUFFIXES  # that module imports this package
+def _images_under(folder: str) -> list[str]:
+    from hpetr.images.read import IMAGE_SUFFIXES  # that module imports this package
 
     found = []
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 found.append(os.path.join(parent, name))
     return sorted(found)
 
 
-def _pictures_listed(file: str) -> list[str]:
+def _images_listed(file: str) -> list[str]:
     """One path a line, relative to the list."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}), expected a path of a picture in each line") from error
+        raise InputError(f"{file}: cannot be read ({error}), expected a path of an image in each line") from error
     return [os.path.normpath(os.path.join(os.path.dirname(file), line.strip())) for line in lines if line.strip()]
 
 
@@ -289,7 +289,7 @@ def _pictures_listed(file: str) -> list[str]:
 
 @dataclass
 class _Part:
-    """What one picture and its label file hold."""
+    """What one image and its label file hold."""
 
     size: tuple[int, int] | None = None  # width, height; None: not readable
     labelled: bool = False  # there is a label file
@@ -298,14 +298,14 @@ class _Part:
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # kind, where, text
 
 
-def _read_picture_and_labels(picture: str, width: int) -> _Part:
+def _read_image_and_labels(image: str, width: int) -> _Part:
     part = _Part()
     try:
-        part.size = picture_size(picture)
+        part.size = image_size(image)
     except InputError as error:
-        missing = not os.path.exists(picture)
-        part.problems.append(("missing picture" if missing else "unreadable picture", picture, _reason(error, picture)))
-    file = label_file(picture)
+        missing = not os.path.exists(image)
+        part.problems.append(("missing image" if missing else "unreadable image", image, _reason(error, image)))
+    file = label_file(image)
     try:
         with open(file, encoding="utf-8-sig", errors="replace") as stream:
             rows = [line.split() for line in stream]
@@ -324,8 +324,8 @@ def _read_picture_and_labels(picture: str, width: int) -> _Part:
     return part
 
 
-def _reason(error: InputError, picture: str) -> str:
-    return str(error).removeprefix(f"{picture}: ")
+def _reason(error: InputError, image: str) -> str:
+    return str(error).removeprefix(f"{image}: ")
 
 
 def _read_lines(part: _Part, file: str, rows: list[list[str]], width: int) -> None:
@@ -346,7 +346,7 @@ def _read_lines(part: _Part, file: str, rows: list[list[str]], width: int) -> No
 
 
 def _rows_to_arrays(
-    config: YoloConfig, pictures: list[str], records: list[ImageRecord], parts: list[_Part], log: ProblemLog
+    config: YoloConfig, images: list[str], records: list[ImageRecord], parts: list[_Part], log: ProblemLog
 ) -> dict[str, Any]:
     """The arrays of `YoloAnnotations`, of labels without a problem."""
     count, dimensions = config.num_keypoints, config.dimensions
@@ -363,7 +363,7 @@ def _rows_to_arrays(
     labelled = (visibility > 0).any(axis=1)
 
     def place(row: int) -> str:
-        return f"{label_file(pictures[records[image_index[row]].id - 1])}: line {lines[row]}"
+        return f"{label_file(images[records[image_index[row]].id - 1])}: line {lines[row]}"
 
     check = RowCheck(log, place, np.isfinite(numbers).all(axis=1))
     check.refuse(~check.finite, "not finite numbers", lambda _: "expected finite numbers")
@@ -376,13 +376,13 @@ def _rows_to_arrays(
     xy = np.where(visibility[..., None] > 0, points[..., :2], 0)
     coordinates = np.concatenate([boxes, xy.reshape(-1, 2 * count)], axis=1)  # (A, 4 + 2 K)
     far = check.finite & (np.abs(coordinates - 0.5) > 0.5 + FAR_OUTSIDE).any(axis=1)
-    shares = "expected shares of the picture's width and height, 0..1"
-    check.refuse(far, "not normalised", lambda row: f"coordinate {_furthest(coordinates[row]):g}, {shares}")
+    shares = "expected shares of the image's width and height, 0..1"
+    check.refuse(far, "not normalized", lambda row: f"coordinate {_furthest(coordinates[row]):g}, {shares}")
 
     kept = ~check.wrong
     scale = np.array([(record.width, record.height) for record in records], dtype=np.float64).reshape(-1, 2)
     scale = scale[image_index[kept]]  # (A, 2)
-    centre, half = boxes[kept, :2] * scale, boxes[kept, 2:] * scale / 2
+    center, half = boxes[kept, :2] * scale, boxes[kept, 2:] * scale / 2
     keypoints = np.concatenate([xy, visibility[..., None]], axis=2)[kept]
     keypoints[..., :2] *= scale[:, None]
     return {
@@ -390,7 +390,7 @@ def _rows_to_arrays(
         "image_index": image_index[kept].astype(np.int64),
         "class_labels": labels[kept].astype(np.int64),
         "keypoints": keypoints.astype(np.float32),
-        "boxes": np.concatenate([centre - half, centre + half], axis=1).astype(np.float32),
+        "boxes": np.concatenate([center - half, center + half], axis=1).astype(np.float32),
         "areas": (AREA_OF_BOX * 4 * half.prod(axis=1)).astype(np.float32),
         "is_crowd": np.zeros(kept.sum(), dtype=bool),
         "filled_areas": int(kept.sum()),
@@ -404,16 +404,16 @@ def _furthest(coordinates: np.ndarray) -> float:
 
 # --- sizes
 
-# Formats whose header tells everything; for others the picture is read.
+# Formats whose header tells everything; for others the image is read.
 _HEADER_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of what `load_image` gives, EXIF orientation applied, mostly without decoding the picture.
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of what `load_image` gives, EXIF orientation applied, mostly without decoding the image.
 
     Raises:
-        InputError: the file is no picture; see `load_image`.
+        InputError: the file is no image; see `load_image`.
     """
     try:
         with Image.open(path) as image:
@@ -428,7 +428,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 def _orientation(image: Image.Image) -> int:
     if isinstance(image, PngImageFile) and not _has_late_chunks(image):
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own would decode the picture
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own would decode the image
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 

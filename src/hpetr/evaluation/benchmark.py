@@ -1,4 +1,4 @@
-"""Where the time of a picture goes: every stage measured inside the library's own path, beside what the machine can do.
+"""Where the time of an image goes: every stage measured inside the library's own path, beside what the machine can do.
 
 The path is `load_image` and `predict_batch`, unchanged. Hooks on the model's modules and on the processor's two methods
 mark when a stage begins; what lies between two marks belongs to the stage of the first. The same marks split three
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpetr.checkpoints.folder import BUNDLED, bundled_checkpoint, load_checkpoint, resolve_device
 from hpetr.errors import InputError
-from hpetr.evaluation.info import USUAL_PICTURE, environment_info
+from hpetr.evaluation.info import USUAL_IMAGE, environment_info
 from hpetr.images.read import load_image
 from hpetr.inference.precision import set_up_inference
 from hpetr.inference.torch_predictor import predict_batch
@@ -38,7 +38,7 @@ from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.model.ops import kernel_name
 from hpetr.model.presets import PRESETS
 
-DECODE, RESIZE, BACKBONE, ENCODER = "decode", "resize and normalise", "backbone and neck", "encoder"
+DECODE, RESIZE, BACKBONE, ENCODER = "decode", "resize and normalize", "backbone and neck", "encoder"
 PROPOSALS, POSE_DECODER, JOINT_DECODER = "proposals", "pose decoder", "joint decoder"
 POST_PROCESSING = "post-processing"
 NETWORK_STAGES = (BACKBONE, ENCODER, PROPOSALS, POSE_DECODER, JOINT_DECODER)
@@ -93,10 +93,10 @@ class Benchmark:
 
     Attributes:
         model: preset or folder. weights: "random" for a preset, else "checkpoint". kernel: of deformable sampling.
-        picture: size of the encoded picture. input: size of the network's input, padding included.
-        whole: seconds of a batch, from encoded pictures to results.
+        image: size of the encoded image. input: size of the network's input, padding included.
+        whole: seconds of a batch, from encoded images to results.
         peak_bytes: of memory: of the GPU's tensors, or of the whole process on the CPU; None where the system does not
-            tell. loaded_bytes: the same before the first picture.
+            tell. loaded_bytes: the same before the first image.
         matrix_rate: FLOPs per second of a float32 matrix product. copy_rate: bytes per second, read and written, of a
             copy. Both measured on this device right after the repeats.
     """
@@ -110,10 +110,10 @@ class Benchmark:
     threads: int
     batch: int
     repeats: int
-    picture: tuple[int, int]
+    image: tuple[int, int]
     input: tuple[int, int]
     whole: Spread
-    pictures_per_second: float
+    images_per_second: float
     stages: tuple[Stage, ...]
     peak_bytes: int | None
     loaded_bytes: int | None
@@ -142,17 +142,17 @@ def benchmark(
     Args:
         target: checkpoint folder, or preset (random weights; the bundled checkpoint's name means that checkpoint).
         size: height and width of the network's input before padding; None takes what the processor makes of the
-            picture. A given `image` is scaled to fit into it.
-        batch: pictures that go through the network together.
+            image. A given `image` is scaled to fit into it.
+        batch: images that go through the network together.
         device: "auto", "cpu", "cuda", ...
         repeats: measured runs, after three that are not.
         threads: of the CPU; None leaves them as they are.
-        image: encoded picture; None makes one of 640 x 480, or with `size` one of twice that size.
+        image: encoded image; None makes one of 640 x 480, or with `size` one of twice that size.
         progress: called with 1 after every run, of which there are `runs(repeats)`.
         precision: of the network, see `set_up_inference`.
 
     Raises:
-        InputError: neither preset nor checkpoint, a number below 1, no such device, no picture, or too little memory
+        InputError: neither preset nor checkpoint, a number below 1, no such device, no image, or too little memory
             on the GPU.
     """
     for name, value in (("batch", batch), ("repeats", repeats), ("threads", threads)):
@@ -161,7 +161,7 @@ def benchmark(
     if size is not None and min(size) < 1:
         raise InputError(f"size is {size[0]}x{size[1]}, expected a positive height and width")
     chosen = resolve_device(device)
-    encoded = _encoded_picture(image, size)
+    encoded = _encoded_image(image, size)
     model, processor, weights = _load(target, chosen)
     set_up_inference(model, precision)
     if size is not None:
@@ -170,7 +170,7 @@ def benchmark(
         try:
             measured = _measure(model, processor, encoded, batch, repeats, progress or (lambda done: None))
         except torch.OutOfMemoryError:
-            raise InputError(f"{target}: {batch} pictures at once do not fit into the memory of {chosen}") from None
+            raise InputError(f"{target}: {batch} images at once do not fit into the memory of {chosen}") from None
         flops = count_flops(model.config, batch, *measured.input)
         matrix, copy = matrix_rate(chosen), copy_rate(chosen)
         environment, used_threads = environment_info(), torch.get_num_threads()
@@ -185,10 +185,10 @@ def benchmark(
         threads=used_threads,
         batch=batch,
         repeats=repeats,
-        picture=load_image(encoded).shape[:2],
+        image=load_image(encoded).shape[:2],
         input=measured.input,
         whole=whole,
-        pictures_per_second=batch / whole.median,
+        images_per_second=batch / whole.median,
         stages=tuple(_stage(name, measured, flops, matrix, copy) for name in (*STAGES, OTHER)),
         peak_bytes=measured.peak_bytes,
         loaded_bytes=measured.loaded_bytes,
@@ -306,9 +306,9 @@ def _measure(
         marks = Marks(read)
         with _marked_processor(processor, marks), marked_network(model, marks):
             marks(DECODE)
-            pictures = [load_image(encoded) for _ in range(batch)]
+            images = [load_image(encoded) for _ in range(batch)]
             marks(OTHER)
-            predict_batch(model, processor, pictures)
+            predict_batch(model, processor, images)
             marks(END)
         progress(1)
         return marks.sums()
@@ -446,17 +446,17 @@ def _load(target: str, device: torch.device) -> tuple[HPetrForPoseEstimation, HP
     return model.eval().to(device), HPetrImageProcessor(), "random"
 
 
-def _encoded_picture(image: str | os.PathLike[str] | None, size: tuple[int, int] | None) -> bytes:
+def _encoded_image(image: str | os.PathLike[str] | None, size: tuple[int, int] | None) -> bytes:
     """The file's bytes, or a JPEG about as hard to decode as a photograph."""
     if image is not None:
         load_image(image)  # a broken file is reported by its name
         return Path(image).read_bytes()
-    height, width = USUAL_PICTURE if size is None else (2 * size[0], 2 * size[1])  # halving it is exact
+    height, width = USUAL_IMAGE if size is None else (2 * size[0], 2 * size[1])  # halving it is exact
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (-(-height // 16), -(-width // 16), 3)).astype(np.uint8)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    picture = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    made = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", made, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
 @contextmanager

@@ -45,9 +45,9 @@ METRICS = {
 # CrowdPose's figures; those by crowdIndex follow, e.g. "AP(easy)".
 CROWDPOSE_METRICS = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
 EASY_BELOW, HARD_ABOVE = 0.1, 0.8
-# Below every score: COCO ranks all poses of a picture and itself keeps the best 20.
+# Below every score: COCO ranks all poses of an image and itself keeps the best 20.
 KEEP_ALL = -1.0
-# Rounds of batches between two exchanges of processes: a picture that cannot be read soon ends the work of all.
+# Rounds of batches between two exchanges of processes: an image that cannot be read soon ends the work of all.
 ROUNDS = 8
 
 
@@ -56,18 +56,18 @@ class EvalResult:
     """An evaluation. Where several processes did it, all of them have its figures and the first one the poses.
 
     Attributes:
-        metrics: the figures of `coco_metrics`, or of `crowdpose_metrics` where the pictures have a `crowdIndex`.
+        metrics: the figures of `coco_metrics`, or of `crowdpose_metrics` where the images have a `crowdIndex`.
         results: the poses, as COCO keypoint results.
-        pictures: how many pictures were evaluated, people among them or not.
+        images: how many images were evaluated, people among them or not.
         seconds: reading, network and post-processing of all of them.
         protocol: "coco" or "crowdpose".
-        flip_test: whether poses are those of pictures and their mirror images, merged.
+        flip_test: whether poses are those of images and their mirror images, merged.
         processes: how many shared the work.
     """
 
     metrics: dict[str, float]
     results: list[dict[str, Any]]
-    pictures: int
+    images: int
     seconds: float
     protocol: Literal["coco", "crowdpose"]
     flip_test: bool
@@ -77,7 +77,7 @@ class EvalResult:
         """Everything but the poses, flat, for JSON."""
         return {
             **self.metrics,
-            "pictures": self.pictures,
+            "images": self.images,
             "seconds": round(self.seconds, 3),
             "protocol": self.protocol,
             "flip_test": self.flip_test,
@@ -113,9 +113,9 @@ def evaluate(
     *,
     flip_test: bool = False,
 ) -> EvalResult:
-    """Evaluate a model on every picture of a data set, on the device where the model is.
+    """Evaluate a model on every image of a data set, on the device where the model is.
 
-    The protocol is CrowdPose's where the pictures have a `crowdIndex`, else COCO's. Under torchrun, or where a process
+    The protocol is CrowdPose's where the images have a `crowdIndex`, else COCO's. Under torchrun, or where a process
     group exists already, every process has to call this: the batches are those of one process, dealt out whole, so
     that poses and figures are the same.
 
@@ -123,14 +123,14 @@ def evaluate(
         model: left in the mode (train or eval) it came in.
         processor: the checkpoint's own.
         dataset: its `ground_truth()`, as the file has it, is what is compared with; its skeleton gives the sigmas.
-        batch_size: pictures that go through the network together.
-        progress: called, on the first process, with the number of pictures after each batch (of all processes).
-        flip_test: merge the poses of each picture and of its mirror image.
+        batch_size: images that go through the network together.
+        progress: called, on the first process, with the number of images after each batch (of all processes).
+        flip_test: merge the poses of each image and of its mirror image.
 
     Raises:
-        InputError: a picture cannot be read (nothing is left out of an evaluation), the model has other keypoints or
+        InputError: an image cannot be read (nothing is left out of an evaluation), the model has other keypoints or
             more classes than the data set, the data are not the same for all processes, or there are more processes
-            than pictures. On one process, it is raised on all.
+            than images. On one process, it is raised on all.
     """
     processes.join()
     ground_truth = processes.together(lambda: _checked_ground_truth(model, dataset))
@@ -168,11 +168,11 @@ _Pose = tuple[int, int, list[dict[str, Any]]]  # index in the data set, image id
 
 
 def _deal_out(
-    estimate: Callable[[range], list[_Pose]], pictures: int, batch_size: int, progress: Callable[[int], None] | None
+    estimate: Callable[[range], list[_Pose]], images: int, batch_size: int, progress: Callable[[int], None] | None
 ) -> list[_Pose]:
-    """All pictures' poses in their order, on the first process; the batches are dealt to the processes in turn."""
+    """All images' poses in their order, on the first process; the batches are dealt to the processes in turn."""
     count, rank = processes.count(), processes.rank()
-    batches = [range(start, min(start + batch_size, pictures)) for start in range(0, pictures, batch_size)]
+    batches = [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
     done: list[_Pose] = []
     for start in range(0, len(batches), ROUNDS * count):
         dealt = batches[start : start + ROUNDS * count]
@@ -192,26 +192,25 @@ def _deal_out(
     return done
 
 
-def _check_complete(indices: list[int], pictures: int) -> None:
-    """Every picture once: a figure on part of the data, or with some of it twice, would look like a good one."""
-    if indices != list(range(pictures)):
-        lost, twice = pictures - len(set(indices)), len(indices) - len(set(indices))
-        raise AssertionError(f"evaluation: of {pictures} pictures {lost} are lost and {twice} counted twice")
+def _check_complete(indices: list[int], images: int) -> None:
+    """Every image once: a figure on part of the data, or with some of it twice, would look like a good one."""
+    if indices != list(range(images)):
+        lost, twice = images - len(set(indices)), len(indices) - len(set(indices))
+        raise AssertionError(f"evaluation: of {images} images {lost} are lost and {twice} counted twice")
 
 
 def _check_processes(dataset: PoseDataset, batch_size: int) -> None:
     """Every process sees the same of the others, so that either none raises or all do."""
     shares = processes.gather((len(dataset), batch_size))
-    for rank, (pictures, size) in enumerate(shares):
-        if (pictures, size) != shares[0]:
+    for rank, (images, size) in enumerate(shares):
+        if (images, size) != shares[0]:
             raise InputError(
-                f"{dataset.path}: {shares[0][0]} pictures in batches of {shares[0][1]}, but process {rank} has "
-                f"{pictures} in batches of {size}; expected the same of all processes"
+                f"{dataset.path}: {shares[0][0]} images in batches of {shares[0][1]}, but process {rank} has "
+                f"{images} in batches of {size}; expected the same of all processes"
             )
     if len(shares) > len(dataset):
         raise InputError(
-            f"{dataset.path}: pictures: {len(dataset)}, processes: {len(shares)}; expected at least one picture per "
-            "process"
+            f"{dataset.path}: images: {len(dataset)}, processes: {len(shares)}; expected at least one image per process"
         )
 
 
@@ -239,7 +238,7 @@ def _checked_ground_truth(model: HPetrForPoseEstimation, dataset: PoseDataset) -
 
 
 def protocol_of(ground_truth: Mapping[str, Any]) -> Literal["coco", "crowdpose"]:
-    """ "crowdpose" where a picture has a `crowdIndex`, else "coco"."""
+    """ "crowdpose" where an image has a `crowdIndex`, else "coco"."""
     return "crowdpose" if any("crowdIndex" in image for image in ground_truth["images"]) else "coco"
 
 
@@ -273,13 +272,13 @@ def coco_metrics(
             `num_keypoints` is counted anew.
         results: COCO keypoint results; any number of them, also none.
         sigmas: K of the OKS.
-        image_ids: pictures to evaluate; None means all of the ground truth.
+        image_ids: images to evaluate; None means all of the ground truth.
 
     Returns:
         AP, AP50, AP75, APM, APL, AR, AR50, AR75, ARM, ARL in 0..1; -1, as COCO has it, where there is nobody to find.
 
     Raises:
-        InputError: the JSON is not valid, or a result has another K or an unknown picture.
+        InputError: the JSON is not valid, or a result has another K or an unknown image.
     """
     truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
     annotations = []
@@ -302,18 +301,18 @@ def crowdpose_metrics(
     neither way; the file's own number is taken, which counts visible keypoints (2) alone, where it gives one.
 
     Args:
-        ground_truth: CrowdPose JSON or its content: COCO keypoint JSON with a `crowdIndex` for every picture.
+        ground_truth: CrowdPose JSON or its content: COCO keypoint JSON with a `crowdIndex` for every image.
         results: COCO keypoint results; any number of them, also none.
         sigmas: K of the OKS.
-        image_ids: pictures to evaluate; None means all of the ground truth.
+        image_ids: images to evaluate; None means all of the ground truth.
 
     Returns:
         AP, AP50, AP75, AR, AR50, AR75, and by `crowd_levels` AP(easy), AP(medium), AP(hard), in 0..1; -1 where there
         is nobody to find.
 
     Raises:
-        InputError: the JSON is not valid, a picture has no `crowdIndex`, or a result has another K or an unknown
-            picture.
+        InputError: the JSON is not valid, an image has no `crowdIndex`, or a result has another K or an unknown
+            image.
     """
     truth = ground_truth if isinstance(ground_truth, Mapping) else read_ground_truth(ground_truth)
     annotations = []
@@ -330,10 +329,10 @@ def crowdpose_metrics(
 
 
 def crowd_levels(ground_truth: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Image ids by the picture's `crowdIndex` c: easy c < 0.1, medium 0.1 <= c <= 0.8, hard c > 0.8.
+    """Image ids by the image's `crowdIndex` c: easy c < 0.1, medium 0.1 <= c <= 0.8, hard c > 0.8.
 
     Raises:
-        InputError: a picture has no `crowdIndex`, or one outside 0..1.
+        InputError: an image has no `crowdIndex`, or one outside 0..1.
     """
     levels: dict[str, list[int]] = {"easy": [], "medium": [], "hard": []}
     for image in ground_truth["images"]:
@@ -428,6 +427,6 @@ def write_evaluation(folder: Path, model: HPetrForPoseEstimation, data: Path, re
         InputError: the card there was written by hand, or it cannot be written.
     """
     how = " with a flip test" if result.flip_test else ""
-    evaluation = Evaluation(data_name(data) + how, result.pictures, result.metrics)
+    evaluation = Evaluation(data_name(data) + how, result.images, result.metrics)
     write_card(folder, model_card(model.config, folder.resolve().name, model.num_parameters(), evaluation))
     return folder / CARD

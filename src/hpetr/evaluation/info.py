@@ -22,8 +22,8 @@ from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.model.ops import kernel_name
 from hpetr.model.presets import PRESETS
 
-# The size that pictures of COCO mostly have, height and width.
-USUAL_PICTURE = (480, 640)
+# The size that images of COCO mostly have, height and width.
+USUAL_IMAGE = (480, 640)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelInfo:
         name: preset or folder.
         parameters: all. trainable: those that training changes. frozen: the rest.
         size: height and width in pixels of the network's input that `flops` and `tokens` are for.
-        flops: floating-point operations of one picture, 2 for a multiply-add, of matrix products, convolutions and
+        flops: floating-point operations of one image, 2 for a multiply-add, of matrix products, convolutions and
             self-attention; the bilinear sampling of deformable attention is not counted.
         tokens: of each feature level, finest first.
     """
@@ -53,14 +53,14 @@ def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
 
     Args:
         target: preset's name, or folder. The bundled checkpoint's name means the bundled checkpoint.
-        size: height and width of the network's input; None takes what the processor makes of a 640 x 480 picture.
+        size: height and width of the network's input; None takes what the processor makes of a 640 x 480 image.
 
     Raises:
         InputError: neither a preset nor a checkpoint, or the size is not positive.
     """
     config, processor = _config_and_processor(target)
     height, width = size or keep_ratio_size(
-        *USUAL_PICTURE, processor.size["shortest_edge"], processor.size["longest_edge"]
+        *USUAL_IMAGE, processor.size["shortest_edge"], processor.size["longest_edge"]
     )
     if min(height, width) < 1:
         raise InputError(f"size is {height}x{width}, expected a positive height and width")

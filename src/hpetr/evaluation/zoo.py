@@ -26,7 +26,7 @@ from hpetr.model.image_processor import HPetrImageProcessor
 
 @dataclass(frozen=True)
 class PublishedAP:
-    """Keypoint AP in 0..1 on COCO val2017, or on CrowdPose's test pictures.
+    """Keypoint AP in 0..1 on COCO val2017, or on CrowdPose's test images.
 
     Attributes:
         official: what the official runs report.
@@ -129,8 +129,8 @@ def evaluate_zoo(
         paths: see `find_checkpoints`.
         dataset, flip_test: see `evaluate`.
         device: where the models go.
-        batch_size: pictures that go through the network together; None takes 8 on a GPU and 1 on the CPU.
-        progress: called with numbers of pictures, which in the end are len(paths) * len(dataset).
+        batch_size: images that go through the network together; None takes 8 on a GPU and 1 on the CPU.
+        progress: called with numbers of images, which in the end are len(paths) * len(dataset).
 
     Raises:
         InputError: no checkpoint could be evaluated, or one could not be on these data; see `evaluate`.

@@ -1,6 +1,6 @@
 """A model as one ONNX graph, with free batch, height and width.
 
-The model is traced in two halves, pictures to tokens and tokens to poses, which `onnx.compose` joins. In one piece, the
+The model is traced in two halves, images to tokens and tokens to poses, which `onnx.compose` joins. In one piece, the
 number of tokens would be a sum of products of rounded quotients of height and width, and torch's symbolic arithmetic on
 it takes minutes; the second half sees a plain symbol.
 """
@@ -38,8 +38,8 @@ DIMENSIONS = {
 }
 
 
-class PicturesToTokens(nn.Module):
-    """The first half: everything that the second needs to know of the pictures."""
+class ImagesToTokens(nn.Module):
+    """The first half: everything that the second needs to know of the images."""
 
     def __init__(self, model: HPetrForPoseEstimation):
         super().__init__()
@@ -76,7 +76,7 @@ class TokensToPoses(nn.Module):
         padding: Tensor,
         *maps: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See `PicturesToTokens`; gives the tensors of `OUTPUTS`."""
+        """See `ImagesToTokens`; gives the tensors of `OUTPUTS`."""
         count = self.model.config.num_feature_levels
         shapes = [(level.shape[1], level.shape[2]) for level in maps[:count]]
         prior = None
@@ -94,7 +94,7 @@ class TokensToPoses(nn.Module):
 def sampling_to_onnx(value: Any, sides: Sequence[Any], locations: Any, weights: Any) -> Any:
     """`hpetr::deformable_sampling` in ONNX: a GridSample of every level, as in `kernels/reference.py`.
 
-    Of the ways to write it, GridSample is the fastest in ONNX Runtime and OpenVINO: a Gather of the four neighbours
+    Of the ways to write it, GridSample is the fastest in ONNX Runtime and OpenVINO: a Gather of the four neighbors
     takes 1.3 to 3 times as long.
     """
     _, _, heads, width = value.shape  # static, unlike batch and tokens
@@ -141,7 +141,7 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
     batch = TRACED[0]
     height, columns, *sides = traced_sides(divisor)
     sizes: tuple[Any, ...]
-    pictures = (torch.zeros(batch, 3, height, columns), torch.ones(batch, height, columns).long())
+    images = (torch.zeros(batch, 3, height, columns), torch.ones(batch, height, columns).long())
     between = ["tokens", "positions", "centers", "ratios", "cells", "padding", *(f"level_{i}" for i in range(levels))]
     maps = [torch.zeros(batch, 11 + 2 * i, 23 + 4 * i, dtype=torch.bool) for i in range(levels)]
     count = sum(m[0].numel() for m in maps)
@@ -159,7 +159,7 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
         free += [{0, 1}] * 2 + [{0, 2, 3}] * (2 * config.pose_prior)
     with quiet(), requiring_gradients(model, False):
         sizes = {0: FREE, 2: sides[0], 3: sides[1]}, {0: FREE, 1: sides[0], 2: sides[1]}
-        first = _convert(PicturesToTokens(model), pictures, sizes, INPUTS, between)
+        first = _convert(ImagesToTokens(model), images, sizes, INPUTS, between)
         sizes = tuple(dict.fromkeys(axes, FREE) for axes in free)
         sizes = (*sizes[:6], sizes[6:])  # torch wants those of *maps together
         second = _convert(TokensToPoses(model), (*tokens, ratios, cells, padding, *maps), sizes, between, OUTPUTS)
@@ -198,7 +198,7 @@ def _join(first: onnx.ModelProto, second: onnx.ModelProto, between: Sequence[str
         del half.graph.value_info[:]  # their symbols have the same names and mean different sizes
     first, second = (
         compose.add_prefix(half, f"{name}.", rename_inputs=False, rename_outputs=False)
-        for half, name in ((first, "pictures"), (second, "poses"))
+        for half, name in ((first, "images"), (second, "poses"))
     )
     return compose.merge_models(first, second, [(name, name) for name in between])
 

@@ -58,11 +58,11 @@ def build_program(model: HPetrForPoseEstimation, divisor: int) -> ExportedProgra
         divisor: height and width of every batch are multiples of it.
     """
     height, width, rows, columns = traced_sides(divisor)
-    pictures = (torch.zeros(TRACED[0], 3, height, width), torch.ones(TRACED[0], height, width).long())
+    images = (torch.zeros(TRACED[0], 3, height, width), torch.ones(TRACED[0], height, width).long())
     sizes = ({0: FREE, 2: rows, 3: columns}, {0: FREE, 1: rows, 2: columns})
     # With gradients: of weights without, torch asks whether strides happen to fit, and ties the graph to the answer.
     with quiet(), requiring_gradients(model, True):
-        return torch.export.export(WholeModel(model).eval(), pictures, dynamic_shapes=sizes, strict=False)
+        return torch.export.export(WholeModel(model).eval(), images, dynamic_shapes=sizes, strict=False)
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def requiring_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Parameters with or without gradients, and gradients on: without them, backbones and attention take paths whose
-    arithmetic depends on the size of the picture.
+    arithmetic depends on the size of the image.
     """
     before = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(wanted)

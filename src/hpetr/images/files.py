@@ -48,24 +48,24 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{folder}: cannot be used as output folder ({error.strerror})") from error
 
 
-def output_names(pictures: Sequence[Path]) -> list[str]:
-    """A file name for each picture's drawing, all different even where letter case does not count.
+def output_names(images: Sequence[Path]) -> list[str]:
+    """A file name for each image's drawing, all different even where letter case does not count.
 
     JPEGs stay JPEGs, everything else becomes PNG. Of equal names the later ones get their folder's name in front, and
     a number where that is not enough.
     """
     taken: set[str] = set()
     names = []
-    for picture in pictures:
-        suffix = picture.suffix if picture.suffix.lower() in JPEG_SUFFIXES else ".png"
-        with_folder = f"{picture.resolve().parent.name}_{picture.stem}"
-        candidates = [picture.stem, with_folder, *(f"{with_folder}_{n}" for n in range(2, len(pictures) + 2))]
+    for image in images:
+        suffix = image.suffix if image.suffix.lower() in JPEG_SUFFIXES else ".png"
+        with_folder = f"{image.resolve().parent.name}_{image.stem}"
+        candidates = [image.stem, with_folder, *(f"{with_folder}_{n}" for n in range(2, len(images) + 2))]
         name = next(f"{stem}{suffix}" for stem in candidates if f"{stem}{suffix}".lower() not in taken)
         taken.add(name.lower())
         names.append(name)
     return names
 
 
-def unique_stems(pictures: Sequence[Path]) -> list[str]:
-    """A stem for a file beside each picture, as `output_names` makes names: also of a.jpg and a.png two."""
-    return [Path(name).stem for name in output_names([picture.with_suffix(".png") for picture in pictures])]
+def unique_stems(images: Sequence[Path]) -> list[str]:
+    """A stem for a file beside each image, as `output_names` makes names: also of a.jpg and a.png two."""
+    return [Path(name).stem for name in output_names([image.with_suffix(".png") for image in images])]

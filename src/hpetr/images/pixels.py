@@ -1,4 +1,4 @@
-"""Pixels as the network takes them: the one resize, normalisation and padding of training, prediction and exports.
+"""Pixels as the network takes them: the one resize, normalization and padding of training, prediction and exports.
 
 On NumPy and OpenCV alone: exported models run without anything else.
 """
@@ -63,14 +63,14 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def batch_side(sides: Sequence[int], divisor: int) -> int:
-    """Height or width of a batch of pictures with these heights or widths."""
+    """Height or width of a batch of images with these heights or widths."""
     return -(-max(MIN_BATCH_SIDE, *sides) // divisor) * divisor
 
 
 def normalize_and_pad(
     images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float], divisor: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A batch of the pictures, each at the top left, with zeros where a picture ends.
+    """A batch of the images, each at the top left, with zeros where an image ends.
 
     Args:
         images: B arrays (H_i, W_i, 3) uint8 RGB.
@@ -78,14 +78,14 @@ def normalize_and_pad(
         divisor: height and width of the batch are multiples of it (and at least `MIN_BATCH_SIDE`).
 
     Returns:
-        pixel_values (B, 3, H, W) float32 and pixel_mask (B, H, W) int64, 1 = picture, 0 = padding.
+        pixel_values (B, 3, H, W) float32 and pixel_mask (B, H, W) int64, 1 = image, 0 = padding.
     """
     heights = [image.shape[0] for image in images]
     widths = [image.shape[1] for image in images]
     height, width = batch_side(heights, divisor), batch_side(widths, divisor)
     pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
     pixel_mask = np.empty((len(images), height, width), dtype=np.int64)
-    # A pixel has 256 values: looking the normalised ones up is exact, and faster than arithmetic on floats.
+    # A pixel has 256 values: looking the normalized ones up is exact, and faster than arithmetic on floats.
     levels = np.arange(256, dtype=np.float64)
     tables = [((levels - 255 * m) / (255 * s)).astype(np.float32) for m, s in zip(mean, std, strict=True)]
     for values, mask, image, h, w in zip(pixel_values, pixel_mask, images, heights, widths, strict=True):

@@ -1,4 +1,4 @@
-"""Pictures as arrays, read from anything."""
+"""Images as arrays, read from anything."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from PIL import ExifTags, Image, ImageOps
 from hpetr.errors import InputError
 from hpetr.images.pixels import on_white, rgb_of_array
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 def load_image(source: ImageSource) -> np.ndarray:
-    """A picture as RGB.
+    """An image as RGB.
 
-    EXIF orientation is applied. Greyscale, palette, CMYK and other colour modes become RGB; transparent pixels are
-    laid on white, as a browser shows them; 16-bit pictures are scaled to 8 bits; of an animation the first frame is
+    EXIF orientation is applied. Greyscale, palette, CMYK and other color modes become RGB; transparent pixels are
+    laid on white, as a browser shows them; 16-bit images are scaled to 8 bits; of an animation the first frame is
     taken. Arrays are RGB already (not OpenCV's BGR) and are never modified.
 
     Args:
@@ -33,7 +33,7 @@ def load_image(source: ImageSource) -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        InputError: missing, empty, truncated, not a picture, or of an unsupported type or size; names the source.
+        InputError: missing, empty, truncated, not an image, or of an unsupported type or size; names the source.
     """
     if isinstance(source, np.ndarray):
         return rgb_of_array(source)
@@ -48,9 +48,9 @@ def load_image(source: ImageSource) -> np.ndarray:
             with open(name, "rb") as file:
                 data = file.read()
         except FileNotFoundError as error:
-            raise InputError(f"{name}: no such file, expected a picture") from error
+            raise InputError(f"{name}: no such file, expected an image") from error
         except IsADirectoryError as error:
-            raise InputError(f"{name}: is a folder, expected a picture") from error
+            raise InputError(f"{name}: is a folder, expected an image") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{name}: cannot be read ({error})") from error
         return _decode(data, name)
@@ -59,7 +59,7 @@ def load_image(source: ImageSource) -> np.ndarray:
 
 def _decode(data: bytes, name: str) -> np.ndarray:
     if not data:
-        raise InputError(f"{name}: the file is empty, expected a picture")
+        raise InputError(f"{name}: the file is empty, expected an image")
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = _decode_plain_jpeg(data) if _is_plain_jpeg(image, data) else None
@@ -67,11 +67,11 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     except (InputError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{name}: is not a picture that Pillow can read") from error
+        raise InputError(f"{name}: is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: has more pixels than Pillow's limit against decompression bombs") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ... on a broken file
-        raise InputError(f"{name}: the picture is truncated or broken ({error})") from error
+        raise InputError(f"{name}: the image is truncated or broken ({error})") from error
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
@@ -101,26 +101,26 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     try:
         image.load()
     except OSError as error:
-        raise InputError(f"{name}: the picture is truncated or broken ({error})") from error
+        raise InputError(f"{name}: the image is truncated or broken ({error})") from error
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise InputError(f"{name}: is a floating-point picture, expected 8 or 16 bits per channel")
+        raise InputError(f"{name}: is a floating-point image, expected 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
-            raise InputError(f"{name}: is a 32-bit picture, expected 8 or 16 bits per channel")
+            raise InputError(f"{name}: is a 32-bit image, expected 8 or 16 bits per channel")
         return rgb_of_array(grey.astype(np.uint16))
     if image.has_transparency_data:
         return on_white(np.asarray(image.convert("RGBA")))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def encode_picture(picture: np.ndarray, suffix: str) -> bytes:
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
     """(H, W, 3) uint8 RGB as the bytes of a JPEG or, for any other suffix, a PNG."""
     buffer = io.BytesIO()
     if suffix.lower() in JPEG_SUFFIXES:
-        Image.fromarray(picture).save(buffer, "JPEG", quality=92)
+        Image.fromarray(image).save(buffer, "JPEG", quality=92)
     else:
-        Image.fromarray(picture).save(buffer, "PNG")
+        Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

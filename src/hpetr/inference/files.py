@@ -1,4 +1,4 @@
-"""Poses of whole folders of picture files: which pictures, what the outputs are called, and the results file."""
+"""Poses of whole folders of image files: which images, what the outputs are called, and the results file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from hpetr.errors import InputError
 from hpetr.images.files import check_writable, output_names, write_bytes
-from hpetr.images.read import PICTURE_SUFFIXES, encode_picture, load_image
+from hpetr.images.read import IMAGE_SUFFIXES, encode_image, load_image
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.runtime import is_exported
 
 
 def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str], str | None]:
-    """The pictures and videos among the inputs, and the model: the option's, or the exported one among the inputs.
+    """The images and videos among the inputs, and the model: the option's, or the exported one among the inputs.
 
     Raises:
         InputError: more than one model, or none but the model among the inputs.
@@ -31,14 +31,14 @@ def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str
         raise InputError(f"predict: {len(named)} models ({', '.join(named)}), expected one")
     rest = [text for text in inputs if text not in models]
     if not rest:
-        raise InputError(f"{models[0]}: a model without pictures, expected them behind it")
+        raise InputError(f"{models[0]}: a model without images, expected them behind it")
     return rest, models[0]
 
 
-def find_pictures(inputs: Sequence[str]) -> list[Path]:
-    """The pictures that files, folders and glob patterns name, each once, in the order given, folders by name.
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """The images that files, folders and glob patterns name, each once, in the order given, folders by name.
 
-    A folder gives the files with a picture's suffix directly in it; a file that is named is taken whatever its suffix.
+    A folder gives the files with an image's suffix directly in it; a file that is named is taken whatever its suffix.
 
     Raises:
         InputError: an input names nothing.
@@ -47,34 +47,34 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-            if not pictures:
-                raise InputError(f"{path}: the folder has no picture directly in it (its sub-folders are not searched)")
+            images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not images:
+                raise InputError(f"{path}: the folder has no image directly in it (its sub-folders are not searched)")
         elif path.is_file():
-            pictures = [path]
+            images = [path]
         elif glob.has_magic(text):
-            pictures = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
-            if not pictures:
+            images = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+            if not images:
                 raise InputError(f"{text}: the pattern matches no file")
         else:
-            raise InputError(f"{path}: no such file or folder, expected pictures")
-        for picture in pictures:
-            found.setdefault(picture.resolve(), picture)
+            raise InputError(f"{path}: no such file or folder, expected images")
+        for image in images:
+            found.setdefault(image.resolve(), image)
     return list(found.values())
 
 
 @dataclass
 class PredictionRun:
-    """What became of the pictures.
+    """What became of the images.
 
     Attributes:
-        pictures: how many were given.
+        images: how many were given.
         people: poses found in all of them.
-        unreadable: pictures that could not be read, and why.
+        unreadable: images that could not be read, and why.
         written: the file or folder of each format with all poses.
     """
 
-    pictures: int
+    images: int
     people: int = 0
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
@@ -82,7 +82,7 @@ class PredictionRun:
 
 def predict_files(
     predictor: Predictor,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     output: Path,
     results: Path | None = None,
     draw: bool = True,
@@ -90,37 +90,37 @@ def predict_files(
     progress: Callable[[int], None] | None = None,
     formats: Sequence[str] = ("coco",),
 ) -> PredictionRun:
-    """Predict every picture, write the drawings and the results; a picture that cannot be read does not stop the rest.
+    """Predict every image, write the drawings and the results; an image that cannot be read does not stop the rest.
 
     Args:
-        pictures: see `find_pictures`.
+        images: see `find_images`.
         output: folder for the drawings, named by `output_names`, and the results, named by `formats.FORMATS`.
         results: another place for the results in `coco`.
         draw: write drawings.
         batch_size: see `Predictor`.
-        progress: called with the number of pictures after each batch.
+        progress: called with the number of images after each batch.
         formats: of the results, see `hpetr.poses.formats`.
 
     Raises:
-        InputError: no picture at all can be read, or an output cannot be written.
+        InputError: no image at all can be read, or an output cannot be written.
     """
     from hpetr.poses.formats import write_format  # that module imports this one
 
-    run = PredictionRun(len(pictures))
-    names = dict(zip(pictures, output_names(pictures), strict=True))
+    run = PredictionRun(len(images))
+    names = dict(zip(images, output_names(images), strict=True))
     found: list[PoseResult] = []
     size = predictor.default_batch_size if batch_size is None else batch_size
-    for start in range(0, len(pictures), size):
-        batch = pictures[start : start + size]
-        for path, picture, result in _predict_readable(predictor, batch, size, run):
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        for path, image, result in _predict_readable(predictor, batch, size, run):
             found.append(replace(result, path=path))
             if draw:
                 name = names[path]
-                write_bytes(output / name, encode_picture(result.draw(picture), Path(name).suffix))
+                write_bytes(output / name, encode_image(result.draw(image), Path(name).suffix))
         if progress is not None:
             progress(len(batch))
     if not found:
-        more = f" (and none of the other {len(pictures) - 1} pictures)" if len(pictures) > 1 else ""
+        more = f" (and none of the other {len(images) - 1} images)" if len(images) > 1 else ""
         raise InputError(f"{run.unreadable[0][1]}{more}")
     run.people = sum(len(result) for result in found)
     for form in formats:
@@ -143,16 +143,16 @@ def _predict_readable(
 
 
 def check_outputs(
-    pictures: Sequence[Path], output: Path, results: Path | None, draw: bool, formats: Sequence[str] = ("coco",)
+    images: Sequence[Path], output: Path, results: Path | None, draw: bool, formats: Sequence[str] = ("coco",)
 ) -> None:
     """Prove before any work that the outputs can be written and that no input is among them.
 
     Raises:
-        InputError: a folder cannot be written, a drawing would replace one of the pictures, or see `check_formats`.
+        InputError: a folder cannot be written, a drawing would replace one of the images, or see `check_formats`.
     """
     from hpetr.poses.formats import check_formats  # that module imports this one
 
-    check_formats(formats, pictures, output)
+    check_formats(formats, images, output)
     if results is not None and "coco" not in formats:
         raise InputError(f"--json {results}: is for the results in coco, expected --format coco among the others")
     if draw or results is None or len(formats) > 1:
@@ -162,7 +162,7 @@ def check_outputs(
         if results.is_dir():
             raise InputError(f"{results}: is a folder, expected a file for the results")
     if draw:
-        inputs = {picture.resolve() for picture in pictures}
-        for name in output_names(pictures):
+        inputs = {image.resolve() for image in images}
+        for name in output_names(images):
             if (output / name).resolve() in inputs:
-                raise InputError(f"{output / name}: is one of the pictures, expected another output folder")
+                raise InputError(f"{output / name}: is one of the images, expected another output folder")

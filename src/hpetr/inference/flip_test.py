@@ -1,4 +1,4 @@
-"""Flip test: the poses of a picture and of its mirror image, merged."""
+"""Flip test: the poses of an image and of its mirror image, merged."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MIN_SCORE = 1e-3
 def predict_batch_flipped(
     model: HPetrForPoseEstimation,
     processor: HPetrImageProcessor,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     threshold: float | None = None,
 ) -> list[PoseResult]:
-    """`predict_batch` with a flip test: two passes, and at most as many poses a picture as one pass gives.
+    """`predict_batch` with a flip test: two passes, and at most as many poses an image as one pass gives.
 
     Args:
-        pictures: B arrays (H, W, 3) uint8 RGB.
+        images: B arrays (H, W, 3) uint8 RGB.
         threshold: only poses with a higher score go into the merge; None takes the processor's.
     """
-    plain = predict_batch(model, processor, pictures, threshold)
-    mirrored = predict_batch(model, processor, [np.ascontiguousarray(p[:, ::-1]) for p in pictures], threshold)
+    plain = predict_batch(model, processor, images, threshold)
+    mirrored = predict_batch(model, processor, [np.ascontiguousarray(p[:, ::-1]) for p in images], threshold)
     most = model.config.num_poses
     return [_take(merge_poses(a, mirror_poses(b)), slice(most)) for a, b in zip(plain, mirrored, strict=True)]
 
 
 def mirror_poses(result: PoseResult) -> PoseResult:
-    """The poses in the mirrored picture: x becomes width - x, left and right of the skeleton change places."""
+    """The poses in the mirrored image: x becomes width - x, left and right of the skeleton change places."""
     width = np.float32(result.image_size[1])
     order = result.skeleton.flip_index
     keypoints = result.keypoints[:, order].copy()  # (n, K, 2)
@@ -47,7 +47,7 @@ def mirror_poses(result: PoseResult) -> PoseResult:
 
 
 def merge_poses(first: PoseResult, second: PoseResult) -> PoseResult:
-    """The poses of both, best first, with the scores that soft NMS on their boxes leaves; of one picture."""
+    """The poses of both, best first, with the scores that soft NMS on their boxes leaves; of one image."""
     both = replace(
         first,
         keypoints=np.concatenate([first.keypoints, second.keypoints]),

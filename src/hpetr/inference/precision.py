@@ -43,7 +43,7 @@ def keep_freed_memory() -> bool:
     """Have this process keep what tensors free for the tensors that follow; for programs that do little else.
 
     glibc gives memory of large tensors back to the system, which then hands every page out anew: for h-petr-r50 and an
-    800 x 1216 picture 300,000 page faults, a fifth of the time on two cores. Afterwards the process stays as large as
+    800 x 1216 image 300,000 page faults, a fifth of the time on two cores. Afterwards the process stays as large as
     it ever was.
 
     Returns:

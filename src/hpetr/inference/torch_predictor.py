@@ -1,4 +1,4 @@
-"""Poses of pictures, from Python: `PosePredictor`."""
+"""Poses of images, from Python: `PosePredictor`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpetr.poses.skeleton import Skeleton
 
 
 class PosePredictor(Predictor):
-    """A model that takes pictures and gives poses.
+    """A model that takes images and gives poses.
 
     Args:
         checkpoint: a folder that `save_pretrained` wrote; None takes the one that comes with the package.
@@ -64,12 +64,12 @@ class PosePredictor(Predictor):
 
     @property
     def default_batch_size(self) -> int:
-        """Pictures in a batch when a call does not say."""
+        """Images in a batch when a call does not say."""
         return default_batch_size(self.model)
 
     @property
     def num_poses(self) -> int:
-        """Poses a picture, most."""
+        """Poses an image, most."""
         return self.model.config.num_poses
 
     @property
@@ -78,21 +78,21 @@ class PosePredictor(Predictor):
         return str(self.model.device)
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture has in the network, before padding."""
+        """Height and width that an image has in the network, before padding."""
         limits = self.processor.size
         return keep_ratio_size(height, width, limits["shortest_edge"], limits["longest_edge"])
 
     def read(self, image: ImageSource) -> np.ndarray:
-        """A picture as (H, W, 3) uint8 RGB, see `load_image`."""
+        """An image as (H, W, 3) uint8 RGB, see `load_image`."""
         return load_image(image)
 
-    def predict(self, pictures: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
-        """Poses of one batch of pictures, each (H, W, 3) uint8 RGB."""
-        return predict_batch(self.model, self.processor, pictures, self.threshold if threshold is None else threshold)
+    def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
+        """Poses of one batch of images, each (H, W, 3) uint8 RGB."""
+        return predict_batch(self.model, self.processor, images, self.threshold if threshold is None else threshold)
 
 
 def default_batch_size(model: HPetrForPoseEstimation) -> int:
-    """Pictures that go through the network together when nobody says: 8 on a GPU, and 1 on the CPU, where the padding
+    """Images that go through the network together when nobody says: 8 on a GPU, and 1 on the CPU, where the padding
     of a batch costs more than it gains.
     """
     return 8 if model.device.type == "cuda" else 1
@@ -102,17 +102,17 @@ def default_batch_size(model: HPetrForPoseEstimation) -> int:
 def predict_batch(
     model: HPetrForPoseEstimation,
     processor: HPetrImageProcessor,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     threshold: float | None = None,
 ) -> list[PoseResult]:
-    """The poses of a batch of pictures, each (H, W, 3) uint8 RGB, in one pass of a model in eval mode.
+    """The poses of a batch of images, each (H, W, 3) uint8 RGB, in one pass of a model in eval mode.
 
     Args:
         threshold: only poses with a higher score are given; None takes the processor's.
     """
-    batch = processor(list(pictures))
+    batch = processor(list(images))
     outputs = model(**batch.to(model.device))
-    sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
     skeleton = Skeleton.from_dict(model.config.skeleton)
     found = processor.post_process_pose_estimation(outputs, sizes, threshold)
     return [

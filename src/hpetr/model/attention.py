@@ -61,7 +61,7 @@ class DeformableAttention(nn.Module):
         Args:
             query: (B, Q, D), position included.
             references: (B, Q, L, R, 2) x, y in the padded map of each level; R = 1 here, K in pose attention. Float32
-                at least, also under autocast: bfloat16 could not tell neighbouring cells apart.
+                at least, also under autocast: bfloat16 could not tell neighboring cells apart.
             value: (B, S, heads, D / heads) from `project_value`.
             spatial_shapes: (H, W) of every level; S is the sum of their products.
         Returns:

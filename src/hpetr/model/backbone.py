@@ -106,7 +106,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.body = AutoBackbone.from_config(config.backbone_config)
         if config.backbone_config.model_type == "swin":
-            # SwinBackbone normalises each output by itself and never uses this norm (3,072 parameters in Swin-L).
+            # SwinBackbone normalizes each output by itself and never uses this norm (3,072 parameters in Swin-L).
             self.body.swin.layernorm = nn.Identity()
         channels = list(self.body.channels)
         self.prior_levels = config.pose_prior
@@ -159,13 +159,13 @@ class FeatureExtractor(nn.Module):
     def forward(
         self, pixel_values: Tensor, padding: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor] | None, Prior | None]:
-        """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the picture, to maps of every level.
+        """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the image, to maps of every level.
 
         Returns:
             Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and what the prior says.
         """
         if padding is not None:
-            # What lies in the padding must not reach the picture: the published pipeline pads with zeros.
+            # What lies in the padding must not reach the image: the published pipeline pads with zeros.
             pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
         maps = self.body_maps(pixel_values)
         prior_maps = [] if self.prior is None else [self.prior(maps.pop(level)) for level in range(self.prior_levels)]

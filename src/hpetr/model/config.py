@@ -114,9 +114,9 @@ class HPetrConfig(PreTrainedConfig):
         queries: "learned" as published, one content and position a rank; "proposals": the content comes from the
             token that proposed the pose, the position, in every layer, from the pose itself, and class logits are
             changes of the proposal's.
-        steps: in what the heads count. "logit" as published, of a share of the picture; "size": proposals in cells, the
+        steps: in what the heads count. "logit" as published, of a share of the image; "size": proposals in cells, the
             pose decoder in tenths of half the pose's extent, the joint decoder in quarters of the finest level's cells.
-            A person of the same pixels then takes the same steps wherever it stands and however large the picture is.
+            A person of the same pixels then takes the same steps wherever it stands and however large the image is.
         num_queries: one-to-one queries. num_one_to_many_queries: extra queries of hybrid matching, training only.
         one_to_many_k: how often each ground truth is repeated for them.
         proposal_k: how often each ground truth is matched to proposals.

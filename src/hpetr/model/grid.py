@@ -19,9 +19,9 @@ class Grid:
 
     Attributes:
         spatial_shapes: (H_l, W_l) of every level; S = sum of their products.
-        padding_mask: (B, S), true on padding; None when no picture is padded.
-        valid_ratios: (B, L, 2) share of each level's width and height that is picture.
-        centers: (B, S, 2) x, y of every token's center, 1 = the *unpadded* picture's width and height.
+        padding_mask: (B, S), true on padding; None when no image is padded.
+        valid_ratios: (B, L, 2) share of each level's width and height that is image.
+        centers: (B, S, 2) x, y of every token's center, 1 = the *unpadded* image's width and height.
         cells: (B, L, 2) width and height of each level's cells, likewise.
         positions: (B, S, D) sine position encoding; (1, S, D) without padding.
     """
@@ -34,7 +34,7 @@ class Grid:
     positions: Tensor
 
     def scale_references(self, references: Tensor) -> Tensor:
-        """References (B, Q, R, 2) of the unpadded picture -> (B, Q, L, R, 2) of every level's padded map."""
+        """References (B, Q, R, 2) of the unpadded image -> (B, Q, L, R, 2) of every level's padded map."""
         if self.padding_mask is None:
             return references[:, :, None].expand(-1, -1, len(self.spatial_shapes), -1, -1)
         return references[:, :, None] * self.valid_ratios[:, None, :, None]
@@ -68,7 +68,7 @@ def make_grid(
     """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l).
 
     Args:
-        shares: (B, 2) share of the padded width and height that is picture. None counts whole cells of every level, as
+        shares: (B, 2) share of the padded width and height that is image. None counts whole cells of every level, as
             published: an edge within a cell is then up to half a cell off.
     """
     d_model, device = maps[0].shape[1], maps[0].device
@@ -76,7 +76,7 @@ def make_grid(
     shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
     ratios, centers, cells, positions = [], [], [], []
     for level, (height, width) in enumerate(shapes):
-        # Without padding every picture of the batch has the same grid: one row serves all.
+        # Without padding every image of the batch has the same grid: one row serves all.
         mask = torch.zeros(1, height, width, dtype=torch.bool, device=device) if masks is None else masks[level]
         size = to_device(torch.tensor([width, height], dtype=torch.float32), device)
         if shares is None or masks is None:
@@ -104,7 +104,7 @@ def make_grid(
 
 
 def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False) -> Tensor:
-    """Sine encoding of positions counted inside the picture, y first, then x.
+    """Sine encoding of positions counted inside the image, y first, then x.
 
     Args:
         mask: (B, H, W), true on padding.

@@ -1,4 +1,4 @@
-"""The image processor: pictures in, a padded batch out; and network outputs back to poses in picture pixels."""
+"""The image processor: images in, a padded batch out; and network outputs back to poses in image pixels."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
-# A square batch of one picture takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
+# A square batch of one image takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
 MAX_SIDE = 8_192
 
 
 class PoseOutputs(Protocol):
-    """What `post_process_pose_estimation` reads of the model's output, coordinates normalised to the picture.
+    """What `post_process_pose_estimation` reads of the model's output, coordinates normalized to the image.
 
     `scores` (B, T) and `poses` (B, T, K, 2). `keypoint_scores` (B, T, K) and `pose_labels` (B, T) are optional.
     """
@@ -36,8 +36,8 @@ class PoseOutputs(Protocol):
     poses: torch.Tensor
 
 
-class PictureBatch(BatchFeature):
-    """`pixel_values` and `pixel_mask`, and the pictures' sizes as an attribute.
+class ImageBatch(BatchFeature):
+    """`pixel_values` and `pixel_mask`, and the images' sizes as an attribute.
 
     `original_sizes` is no key, so that `model(**batch)` works as it is.
     """
@@ -62,7 +62,7 @@ class HPetrImageProcessorKwargs(TypedDict, total=False):
 
 
 class HPetrImageProcessor(BaseImageProcessor):
-    """Resizes with the aspect ratio kept, normalises and pads pictures; turns outputs into poses.
+    """Resizes with the aspect ratio kept, normalizes and pads images; turns outputs into poses.
 
     Args:
         size: `shortest_edge` and `longest_edge` in pixels: the largest scale at which neither side exceeds its limit.
@@ -133,8 +133,8 @@ class HPetrImageProcessor(BaseImageProcessor):
         images: ImageSource | Sequence[ImageSource],
         size: Mapping[str, int] | None = None,
         return_tensors: Literal["pt", "np"] = "pt",
-    ) -> PictureBatch:
-        """A batch of pictures for the model; `processor(images, ...)` is the same.
+    ) -> ImageBatch:
+        """A batch of images for the model; `processor(images, ...)` is the same.
 
         Args:
             images: what `load_image` takes, or a list of B of them (also an array (B, H, W, 3) uint8).
@@ -143,11 +143,11 @@ class HPetrImageProcessor(BaseImageProcessor):
 
         Returns:
             A BatchFeature with `pixel_values` (B, 3, H, W) float32, 0 on padding, and `pixel_mask` (B, H, W) int64,
-            1 = picture. Its attribute `original_sizes` is a list of B (height, width) of the pictures given, the
+            1 = image. Its attribute `original_sizes` is a list of B (height, width) of the images given, the
             `target_sizes` of `post_process_pose_estimation`.
 
         Raises:
-            InputError: a picture cannot be read, or no picture is given.
+            InputError: an image cannot be read, or no image is given.
         """
         if return_tensors not in ("pt", "np"):
             raise InputError(f"image processor: return_tensors is {return_tensors!r}, expected 'pt' or 'np'")
@@ -155,7 +155,7 @@ class HPetrImageProcessor(BaseImageProcessor):
         originals = [load_image(source) for source in _as_list(images)]
         resized = [self._resize(image, limits) for image in originals]
         pixel_values, pixel_mask = normalize_and_pad(resized, self.image_mean, self.image_std, self.pad_size_divisor)
-        batch = PictureBatch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
+        batch = ImageBatch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
         batch.original_sizes = [(image.shape[0], image.shape[1]) for image in originals]
         return batch
 
@@ -165,20 +165,20 @@ class HPetrImageProcessor(BaseImageProcessor):
         target_sizes: torch.Tensor | Sequence[Sequence[int]],
         threshold: float | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        """Poses in pixels of the original pictures.
+        """Poses in pixels of the original images.
 
         Args:
             outputs: the model's output; see `PoseOutputs`.
-            target_sizes: (B, 2) tensor, or B pairs, (height, width) in pixels of the original pictures.
+            target_sizes: (B, 2) tensor, or B pairs, (height, width) in pixels of the original images.
             threshold: only poses with a higher score are kept; None takes the processor's.
 
         Returns:
-            Per picture a dict, best pose first: `scores` (n), `keypoints` (n, K, 2) x, y clipped to the picture,
+            Per image a dict, best pose first: `scores` (n), `keypoints` (n, K, 2) x, y clipped to the image,
             `keypoint_scores` (n, K), 1 where the model gives none, `boxes` (n, 4) the extent x1, y1, x2, y2 of the
             keypoints, `labels` (n) int64.
 
         Raises:
-            InputError: there are not as many target sizes as pictures, or poses that are NaN or infinite.
+            InputError: there are not as many target sizes as images, or poses that are NaN or infinite.
         """
         scores, poses = outputs.scores.float(), outputs.poses.float()  # half precision holds no pixel of 1333
         if not bool(scores.isfinite().all()) or not bool(poses.isfinite().all()):
@@ -186,9 +186,9 @@ class HPetrImageProcessor(BaseImageProcessor):
         sizes = torch.as_tensor(target_sizes, dtype=poses.dtype, device=poses.device)  # (B, 2)
         if sizes.shape != (len(scores), 2):
             raise InputError(
-                f"target_sizes of shape {tuple(sizes.shape)}: expected ({len(scores)}, 2), (height, width) per picture"
+                f"target_sizes of shape {tuple(sizes.shape)}: expected ({len(scores)}, 2), (height, width) per image"
             )
-        # The official code goes through the resized picture's pixels and back, which cancels.
+        # The official code goes through the resized image's pixels and back, which cancels.
         keypoints = poses.clamp(0, 1) * sizes.flip(-1)[:, None, None, :]  # (B, T, K, 2)
         boxes = torch.cat([keypoints.amin(dim=2), keypoints.amax(dim=2)], dim=-1)  # (B, T, 4)
         keypoint_scores = getattr(outputs, "keypoint_scores", None)
@@ -205,9 +205,9 @@ class HPetrImageProcessor(BaseImageProcessor):
             "labels": labels,
         }
         results = []
-        for index, picture_scores in enumerate(scores):
-            order = picture_scores.argsort(descending=True, stable=True)
-            kept = order[picture_scores[order] > (self.threshold if threshold is None else threshold)]  # (n,)
+        for index, image_scores in enumerate(scores):
+            order = image_scores.argsort(descending=True, stable=True)
+            kept = order[image_scores[order] > (self.threshold if threshold is None else threshold)]  # (n,)
             results.append({name: values[index][kept] for name, values in fields.items()})
         return results
 
@@ -223,7 +223,7 @@ def _as_list(images: Any) -> list[Any]:
     if not isinstance(images, (list, tuple)):
         return [images]
     if not images:
-        raise InputError("images: the list is empty, expected at least one picture")
+        raise InputError("images: the list is empty, expected at least one image")
     return list(images)
 
 

@@ -43,7 +43,7 @@ class Matching:
     Attributes:
         proposals, layers, joint: pairs of the proposals (1 part), of layer i and query group g (part i * groups + g),
             and of the joint decoder (1 part), which refines the last layer's of both groups.
-        most: poses of the picture with most of them in the joint decoder, at least 1.
+        most: poses of the image with most of them in the joint decoder, at least 1.
     """
 
     proposals: Matches
@@ -114,7 +114,7 @@ def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
 
 
 def ignored_queries(keypoints: Tensor, targets: Targets) -> Tensor:
-    """(..., B, Q) true where the middle of a predicted pose (..., B, Q, K, 2) lies in an ignore box of its picture."""
+    """(..., B, Q) true where the middle of a predicted pose (..., B, Q, K, 2) lies in an ignore box of its image."""
     middle = keypoints.detach().mean(-2) * targets.sizes[:, None]  # (..., B, Q, 2) pixels
     boxes = targets.ignore_boxes[:, None]  # (B, 1, m, 4)
     inside = (middle[..., None, :] >= boxes[..., :2]) & (middle[..., None, :] < boxes[..., 2:])  # (..., B, Q, m, 2)
@@ -314,7 +314,7 @@ def heatmap_loss(
 
 
 def ignored_cells(targets: Targets, height: int, width: int, stride: int) -> Tensor:
-    """(B, H, W) true where a cell's centre lies in an ignore box."""
+    """(B, H, W) true where a cell's center lies in an ignore box."""
     device = targets.ignore_boxes.device
     x = ((torch.arange(width, device=device) + 0.5) * stride).view(1, 1, 1, -1)
     y = ((torch.arange(height, device=device) + 0.5) * stride).view(1, 1, -1, 1)

@@ -20,7 +20,7 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 @dataclass
 class Targets:
-    """The people of a batch, padded to the picture with most of them (n).
+    """The people of a batch, padded to the image with most of them (n).
 
     Attributes:
         keypoints: (B, n, K, 2) x, y in pixels.
@@ -52,7 +52,7 @@ class Matches:
     Attributes:
         sizes: pairs of each part.
         part, image, query, target: (m,) indices; queries count from the first of all groups.
-        slot: (m,) place of the pose among its picture's in the joint decoder, 0 elsewhere.
+        slot: (m,) place of the pose among its image's in the joint decoder, 0 elsewhere.
     """
 
     sizes: list[int]
@@ -69,9 +69,9 @@ class Matches:
 
 
 def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int) -> None:
-    """Raise `InputError` naming the picture and the field where labels do not have their documented shapes."""
+    """Raise `InputError` naming the image and the field where labels do not have their documented shapes."""
     if len(labels) != batch:
-        raise InputError(f"labels: {len(labels)} entries, expected one for each of the {batch} pictures")
+        raise InputError(f"labels: {len(labels)} entries, expected one for each of the {batch} images")
     for i, label in enumerate(labels):
         for field in ("keypoints", "boxes", "areas", "class_labels"):
             if field not in label:
@@ -84,7 +84,7 @@ def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int
 
 
 def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
-    """Batch the labels (pixels of the unpadded pictures, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h.
+    """Batch the labels (pixels of the unpadded images, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h.
 
     Labels may lie on the host or on the device; from the host they take one copy a field.
     """

@@ -1,4 +1,4 @@
-"""Poses drawn on a picture: one colour a person, lines as thick as person and picture are large."""
+"""Poses drawn on an image: one color a person, lines as thick as person and image are large."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from hpetr.poses.result import PoseResult
 
 OUTLINE = sv.Color(20, 20, 20)
-# Neighbouring ranks get hues this far apart, and no two of many people the same one.
+# Neighboring ranks get hues this far apart, and no two of many people the same one.
 GOLDEN_RATIO = 0.618034
 
 
 def draw_poses(
     image: np.ndarray, result: PoseResult, keypoint_threshold: float = 0.3, track_ids: np.ndarray | None = None
 ) -> np.ndarray:
-    """A copy of the picture with limbs, joints and the score of every pose; the best pose is drawn on top.
+    """A copy of the image with limbs, joints and the score of every pose; the best pose is drawn on top.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        result: poses in this picture's pixels.
+        result: poses in this image's pixels.
         keypoint_threshold: keypoints with a lower score, and the limbs that end there, are left out.
-        track_ids: (n,) numbers of people in a video: they choose the colours and stand before the scores.
+        track_ids: (n,) numbers of people in a video: they choose the colors and stand before the scores.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -46,17 +46,17 @@ def draw_poses(
 
 
 def person_color(index: int) -> sv.Color:
-    """A bright colour for the person of this rank or track."""
+    """A bright color for the person of this rank or track."""
     lightness = (0.55, 0.68, 0.45)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(index * GOLDEN_RATIO % 1, lightness, 0.95)
     return sv.Color(round(red * 255), round(green * 255), round(blue * 255))
 
 
 def line_width(box: np.ndarray, image_shape: tuple[int, ...]) -> int:
-    """Pixels: grows with the person, box (4,) xyxy, and with the picture, and never covers a small person."""
+    """Pixels: grows with the person, box (4,) xyxy, and with the image, and never covers a small person."""
     person = float(max(box[2] - box[0], box[3] - box[1]))
-    picture = float(max(image_shape[:2]))
-    return max(1, round(min(0.012 * person + 0.0015 * picture, 0.008 * picture)))
+    image = float(max(image_shape[:2]))
+    return max(1, round(min(0.012 * person + 0.0015 * image, 0.008 * image)))
 
 
 def _draw_person(
@@ -69,7 +69,7 @@ def _draw_person(
     )
     width = line_width(result.boxes[index], scene.shape)
     edges = [(first + 1, second + 1) for first, second in result.skeleton.edges]  # supervision counts from 1
-    # A dark pass below the coloured one keeps every hue readable on every background.
+    # A dark pass below the colored one keeps every hue readable on every background.
     rim = max(1, width // 2)
     for color, extra in ((OUTLINE, rim), (own_color, 0)):
         if edges:
@@ -78,7 +78,7 @@ def _draw_person(
 
 
 def _draw_label(scene: np.ndarray, person_box: np.ndarray, text: str, color: sv.Color) -> None:
-    """The score on the person's colour, above the box where there is room, and inside the picture."""
+    """The score on the person's color, above the box where there is room, and inside the image."""
     height, width = scene.shape[:2]
     scale = min(1.5, max(0.35, 0.0007 * max(height, width)))
     thickness = max(1, round(scale * 1.5))

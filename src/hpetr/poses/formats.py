@@ -21,7 +21,7 @@ import yaml
 from hpetr.data.annotations import AREA_OF_BOX
 from hpetr.errors import InputError
 from hpetr.images.files import unique_stems, write_bytes, write_json
-from hpetr.images.read import PICTURE_SUFFIXES
+from hpetr.images.read import IMAGE_SUFFIXES
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
 
@@ -42,11 +42,11 @@ LABELME_VERSION = "5.5.0"
 PIXEL_DIGITS, SCORE_DIGITS, SHARE_DIGITS = 3, 6, 6
 
 
-def check_formats(formats: Sequence[str], pictures: Sequence[Path], output: Path) -> None:
+def check_formats(formats: Sequence[str], images: Sequence[Path], output: Path) -> None:
     """Prove before any work that the formats are known, and that no labels would be written over.
 
     Raises:
-        InputError: an unknown format, labels that are there already, or a picture that a YOLO data set cannot hold.
+        InputError: an unknown format, labels that are there already, or an image that a YOLO data set cannot hold.
     """
     for name in formats:
         if name not in FORMATS:
@@ -55,10 +55,10 @@ def check_formats(formats: Sequence[str], pictures: Sequence[Path], output: Path
         if name in LABELS and place.exists() and (place.is_file() or any(place.iterdir())):
             raise InputError(f"{place}: exists already, and labels are never written over: expected another output")
     if "yolo" in formats:
-        for picture in pictures:
-            if picture.suffix.lower() not in PICTURE_SUFFIXES:
-                expected = ", ".join(sorted(PICTURE_SUFFIXES))
-                raise InputError(f"{picture}: a YOLO data set knows pictures by their suffix, expected {expected}")
+        for image in images:
+            if image.suffix.lower() not in IMAGE_SUFFIXES:
+                expected = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise InputError(f"{image}: a YOLO data set knows images by their suffix, expected {expected}")
 
 
 def write_format(
@@ -69,13 +69,13 @@ def write_format(
     unreadable: Sequence[tuple[Path, str]] = (),
     path: Path | None = None,
 ) -> Path:
-    """Write results of pictures that came from files in one of `FORMATS` into a folder; returns what was written.
+    """Write results of images that came from files in one of `FORMATS` into a folder; returns what was written.
 
     Args:
         results: of one model, with their paths.
         class_names: by label.
         output: folder; the name in it is that of `FORMATS`.
-        unreadable: paths and reasons of pictures that are not in the results; `coco` lists them.
+        unreadable: paths and reasons of images that are not in the results; `coco` lists them.
         path: another place than the one in `output`.
 
     Raises:
@@ -83,7 +83,7 @@ def write_format(
     """
     path = output / FORMATS[name] if path is None else path
     if not results:
-        raise InputError(f"{path}: no picture, expected at least one result")
+        raise InputError(f"{path}: no image, expected at least one result")
     if name == "coco":
         write_json(path, coco_results(results, class_names, unreadable))
     elif name == "coco-labels":
@@ -105,7 +105,7 @@ def coco_results(
 ) -> dict[str, Any]:
     """A COCO keypoint file whose third number of a keypoint is its score, with a `score` for each pose.
 
-    `file_name` is the path as it was given; `unreadable` lists the pictures that are not in it.
+    `file_name` is the path as it was given; `unreadable` lists the images that are not in it.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def coco_results(
 def coco_labels(results: Sequence[PoseResult], class_names: Sequence[str]) -> dict[str, Any]:
     """A COCO keypoint data set: visibility 2 or 0 in the third place, the pose's `score` beside it.
 
-    `file_name` is relative to `common_folder` of the pictures. Boxes are those of the labelled keypoints, at least a
+    `file_name` is relative to `common_folder` of the images. Boxes are those of the labelled keypoints, at least a
     pixel wide and high, and areas 0.53 times them, as in training.
     """
     root = common_folder(results)
@@ -159,7 +159,7 @@ def coco_labels(results: Sequence[PoseResult], class_names: Sequence[str]) -> di
 
 
 def common_folder(results: Sequence[PoseResult]) -> Path | None:
-    """The folder that all pictures are in or below; None where there is none (drives of Windows)."""
+    """The folder that all images are in or below; None where there is none (drives of Windows)."""
     try:
         return Path(os.path.commonpath([_path(result).resolve().parent for result in results]))
     except ValueError:
@@ -188,9 +188,9 @@ def _classes(results: Sequence[PoseResult], class_names: Sequence[str]) -> int:
 
 
 def write_yolo(results: Sequence[PoseResult], class_names: Sequence[str], folder: Path) -> None:
-    """Write a YOLO-pose data set into a folder: `data.yaml`, copies of the pictures in `images`, and `labels`.
+    """Write a YOLO-pose data set into a folder: `data.yaml`, copies of the images in `images`, and `labels`.
 
-    Scores have no place in it. A picture without people gets no label file: it is background.
+    Scores have no place in it. An image without people gets no label file: it is background.
     """
     skeleton = results[0].skeleton
     (folder / "images").mkdir(parents=True)
@@ -210,21 +210,21 @@ def write_yolo(results: Sequence[PoseResult], class_names: Sequence[str], folder
         "skeleton": [list(edge) for edge in skeleton.edges],
         "sigmas": list(skeleton.sigmas),
     }
-    text = "# Labels by hpetr. train and val are the same pictures: divide them before a training.\n"
+    text = "# Labels by hpetr. train and val are the same images: divide them before a training.\n"
     text += yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 
 def yolo_labels(result: PoseResult) -> str:
-    """The label file of a picture: a line `class cx cy w h` and K times `x y visibility` for each pose, as shares of
-    the picture's width and height."""
+    """The label file of an image: a line `class cx cy w h` and K times `x y visibility` for each pose, as shares of
+    the image's width and height."""
     height, width = result.image_size
     size = np.array([width, height], dtype=np.float64)
     lines = []
     for index in range(len(result)):
         points, box = _labels(result, index)
-        centre, extent = (box[:2] + box[2:]) / 2 / size, (box[2:] - box[:2]) / size
-        words = [str(int(result.labels[index])), *(f"{v:.{SHARE_DIGITS}f}" for v in (*centre, *extent))]
+        center, extent = (box[:2] + box[2:]) / 2 / size, (box[2:] - box[:2]) / size
+        words = [str(int(result.labels[index])), *(f"{v:.{SHARE_DIGITS}f}" for v in (*center, *extent))]
         for x, y, visibility in points:
             words += [f"{x / width:.{SHARE_DIGITS}f}", f"{y / height:.{SHARE_DIGITS}f}", str(int(visibility))]
         lines.append(" ".join(words) + "\n")
@@ -235,10 +235,10 @@ def yolo_labels(result: PoseResult) -> str:
 
 
 def labelme_json(result: PoseResult, class_names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """A picture's LabelMe file: for each person a rectangle and its labelled keypoints as points of one `group_id`.
+    """An image's LabelMe file: for each person a rectangle and its labelled keypoints as points of one `group_id`.
 
     Args:
-        folder: where the file will be; `imagePath` leads from there to the picture. Its pixels are not stored again.
+        folder: where the file will be; `imagePath` leads from there to the image. Its pixels are not stored again.
     """
     height, width = result.image_size
     shapes: list[dict[str, Any]] = []
@@ -295,7 +295,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 def csv_table(results: Sequence[PoseResult], class_names: Sequence[str]) -> str:
     """A line for each pose: `file`, `person` (from 1, best first), `label`, `score`, the box, and for each keypoint
-    NAME `NAME_x`, `NAME_y`, `NAME_score`. A picture without people has no line."""
+    NAME `NAME_x`, `NAME_y`, `NAME_score`. An image without people has no line."""
     names = results[0].skeleton.names
     header = ["file", "person", "label", "score", "left", "top", "right", "bottom"]
     stream = io.StringIO()
@@ -333,7 +333,7 @@ def _labels(result: PoseResult, index: int) -> tuple[np.ndarray, np.ndarray]:
     points[kept, :2], points[kept, 2] = result.keypoints[index][kept], LABELLED
     around = result.keypoints[index][kept] if kept.any() else result.keypoints[index]
     low, high = around.min(axis=0).astype(np.float64), around.max(axis=0).astype(np.float64)
-    # A box without extent is nobody's: a pixel, within the picture.
+    # A box without extent is nobody's: a pixel, within the image.
     size = np.array(result.image_size[::-1], dtype=np.float64)
     thin = high - low < 1
     low = np.where(thin, np.clip((low + high - 1) / 2, 0, np.maximum(size - 1, 0)), low)

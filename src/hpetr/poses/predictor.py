@@ -1,4 +1,4 @@
-"""What every predictor has, whatever runs its network: pictures of any kind in, a result for each out."""
+"""What every predictor has, whatever runs its network: images of any kind in, a result for each out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(ABC):
-    """Takes pictures and gives poses.
+    """Takes images and gives poses.
 
     Attributes:
         threshold: only poses with a higher score are given.
@@ -41,12 +41,12 @@ class Predictor(ABC):
     @property
     @abstractmethod
     def default_batch_size(self) -> int:
-        """Pictures in a batch when a call does not say."""
+        """Images in a batch when a call does not say."""
 
     @property
     @abstractmethod
     def num_poses(self) -> int:
-        """Poses a picture, most."""
+        """Poses an image, most."""
 
     @property
     @abstractmethod
@@ -55,18 +55,18 @@ class Predictor(ABC):
 
     @abstractmethod
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture has in the network, before padding."""
+        """Height and width that an image has in the network, before padding."""
 
     @abstractmethod
     def read(self, image: ImageSource) -> np.ndarray:
-        """A picture as (H, W, 3) uint8 RGB, EXIF orientation applied."""
+        """An image as (H, W, 3) uint8 RGB, EXIF orientation applied."""
 
     @abstractmethod
-    def predict(self, pictures: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
+    def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
         """Poses of one batch.
 
         Args:
-            pictures: arrays (H, W, 3) uint8 RGB.
+            images: arrays (H, W, 3) uint8 RGB.
             threshold: only poses with a higher score are given; None takes the predictor's own.
         """
 
@@ -82,14 +82,14 @@ class Predictor(ABC):
         Args:
             images: a path, PIL image, encoded bytes or RGB array (H, W, 3) uint8; or a list of them, or an array
                 (B, H, W, 3).
-            batch_size: pictures that go through the network together; None takes 8 on a GPU and 1 on the CPU, where
+            batch_size: images that go through the network together; None takes 8 on a GPU and 1 on the CPU, where
                 the padding of a batch costs more than it gains.
 
         Returns:
             One `PoseResult`, or for a list (also an empty one) a list of them in its order.
 
         Raises:
-            InputError: a picture cannot be read.
+            InputError: an image cannot be read.
         """
         if isinstance(images, np.ndarray) and images.ndim == 4:
             images = list(images)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PoseResult:
-    """The poses of one picture, best first; n poses of K keypoints, pixels of the original picture, x to the right.
+    """The poses of one image, best first; n poses of K keypoints, pixels of the original image, x to the right.
 
     Attributes:
         keypoints: (n, K, 2) float32 x, y.
@@ -31,7 +31,7 @@ class PoseResult:
         labels: (n,) int64 class indices.
         skeleton: names and edges of the K keypoints.
         image_size: (height, width).
-        path: the file, where the picture came from one.
+        path: the file, where the image came from one.
     """
 
     keypoints: np.ndarray
@@ -70,9 +70,9 @@ class PoseResult:
         Args:
             key_points: n poses of K keypoints. Without confidences every score is 1; a keypoint that is not `visible`
                 gets score 0; without classes every label is 0.
-            image_size: (height, width) of the picture.
+            image_size: (height, width) of the image.
             skeleton: of the K keypoints; None takes COCO's for K = 17 and a generic one otherwise.
-            path: of the picture, for `draw` and the formats.
+            path: of the image, for `draw` and the formats.
 
         Raises:
             InputError: the skeleton has another K.
@@ -108,7 +108,7 @@ class PoseResult:
         """The poses as COCO keypoint results, ready for JSON.
 
         Args:
-            image_id: the picture's id in the annotation file.
+            image_id: the image's id in the annotation file.
             category_id: one id for all poses, or a sequence that gives each label its id.
 
         Returns:
@@ -133,31 +133,30 @@ class PoseResult:
         return poses
 
     def draw(self, image: ImageSource | None = None, keypoint_threshold: float = 0.3) -> np.ndarray:
-        """A copy of the picture with the poses drawn on it.
+        """A copy of the image with the poses drawn on it.
 
         Args:
-            image: the picture; None reads it again from `path`.
+            image: the image; None reads it again from `path`.
             keypoint_threshold: keypoints with a lower score, and the limbs that end there, are left out.
 
         Returns:
             (H, W, 3) uint8 RGB.
 
         Raises:
-            InputError: there is no picture to draw on, or it has another size than the one predicted on.
+            InputError: there is no image to draw on, or it has another size than the one predicted on.
         """
         from hpetr.images.read import load_image
         from hpetr.poses.draw import draw_poses
 
         source = self.path if image is None else image
         if source is None:
-            raise InputError("draw: the prediction did not come from a file, expected the picture as argument")
-        picture = load_image(source)
-        if picture.shape[:2] != self.image_size:
+            raise InputError("draw: the prediction did not come from a file, expected the image as argument")
+        canvas = load_image(source)
+        if canvas.shape[:2] != self.image_size:
             raise InputError(
-                f"draw: the picture is {picture.shape[:2]} (height, width), expected the predicted one's "
-                f"{self.image_size}"
+                f"draw: the image is {canvas.shape[:2]} (height, width), expected the predicted one's {self.image_size}"
             )
-        return draw_poses(picture, self, keypoint_threshold)
+        return draw_poses(canvas, self, keypoint_threshold)
 
 
 def _or_ones(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -24,7 +24,7 @@ class Skeleton:
     Args:
         names: K distinct keypoint names, in the order of the annotations.
         edges: limbs as pairs of 0-based keypoint indices; only drawing uses them.
-        flip_pairs: pairs (left, right) of 0-based indices that change places in a mirrored picture. A keypoint
+        flip_pairs: pairs (left, right) of 0-based indices that change places in a mirrored image. A keypoint
             belongs to at most one pair; one without a pair stays itself.
         sigmas: K positive standard deviations of OKS, relative to the square root of the object's area.
 
@@ -66,7 +66,7 @@ class Skeleton:
 
     @property
     def flip_index(self) -> list[int]:
-        """Permutation p of length K: keypoint i of a mirrored picture is keypoint p[i] of the original."""
+        """Permutation p of length K: keypoint i of a mirrored image is keypoint p[i] of the original."""
         index = list(range(self.num_keypoints))
         for left, right in self.flip_pairs:
             index[left], index[right] = right, left
@@ -142,7 +142,7 @@ class Skeleton:
         out is theirs. Optional keys:
 
         - `skeleton`: the edges, 1-based.
-        - `flip_idx`: K 0-based indices, keypoint i of a mirrored picture is keypoint flip_idx[i] of the original. Else
+        - `flip_idx`: K 0-based indices, keypoint i of a mirrored image is keypoint flip_idx[i] of the original. Else
           flip pairs come from names that differ only in left / right (`left_eye`, `eyeRight`), in a prefix or suffix
           l / r (`l_eye`, `eye.L`, `eye-r`).
         - `sigmas`: K numbers. Else, for names that are nobody's, `FALLBACK_SIGMA`, with a warning in the log.

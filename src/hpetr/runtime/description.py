@@ -1,4 +1,4 @@
-"""What stands in an exported model beside the network: how pictures go in, and how poses come out."""
+"""What stands in an exported model beside the network: how images go in, and how poses come out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelDescription:
     Attributes:
         model: name of the checkpoint. hpetr: the version that exported it.
         shortest_edge, longest_edge, image_mean, image_std, pad_size_divisor, threshold: as in `HPetrImageProcessor`.
-        num_poses: poses a picture, most.
+        num_poses: poses an image, most.
         classes: names by label. skeleton: of the keypoints.
     """
 
@@ -48,8 +48,8 @@ class ModelDescription:
             "hpetr": self.hpetr,
             "model": self.model,
             "inputs": {
-                "pixel_values": "float32 (batch, 3, height, width), RGB planes, each picture in the top left corner",
-                "pixel_mask": "int64 (batch, height, width), 1 = picture, 0 = padding",
+                "pixel_values": "float32 (batch, 3, height, width), RGB planes, each image in the top left corner",
+                "pixel_mask": "int64 (batch, height, width), 1 = image, 0 = padding",
             },
             "outputs": {
                 "scores": "float32 (batch, poses), best first",
@@ -65,7 +65,7 @@ class ModelDescription:
                     "longest_edge": self.longest_edge,
                     "scale": "min(longest_edge / longer side, shortest_edge / shorter side)",
                     "sides": "max(1, floor(side * scale + 0.5))",
-                    "interpolation": "bilinear between pixel centres, without antialiasing",
+                    "interpolation": "bilinear between pixel centers, without antialiasing",
                 },
                 "normalize": "(pixel / 255 - mean) / std",
                 "mean": list(self.image_mean),
@@ -80,7 +80,7 @@ class ModelDescription:
             "postprocessing": {
                 "keep": "score > threshold",
                 "threshold": self.threshold,
-                "keypoints": "clip to 0..1, multiply with the width and height of the original picture",
+                "keypoints": "clip to 0..1, multiply with the width and height of the original image",
                 "box": "extent of the keypoints",
                 "suppression": "none",
             },

@@ -1,4 +1,4 @@
-"""An exported model that takes pictures and gives poses, as `PosePredictor` does with a checkpoint."""
+"""An exported model that takes images and gives poses, as `PosePredictor` does with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpetr.poses.predictor import Predictor, check_threshold
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
 from hpetr.runtime.engine import load_engine
-from hpetr.runtime.pictures import read_picture
+from hpetr.runtime.images import read_image
 
 if TYPE_CHECKING:
     from hpetr.images.read import ImageSource
@@ -70,7 +70,7 @@ class ExportedPredictor(Predictor):
 
     @property
     def num_poses(self) -> int:
-        """Poses a picture, most."""
+        """Poses an image, most."""
         return self.description.num_poses
 
     @property
@@ -79,25 +79,23 @@ class ExportedPredictor(Predictor):
         return self._engine.device_name
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture has in the network, before padding."""
+        """Height and width that an image has in the network, before padding."""
         return keep_ratio_size(height, width, self.description.shortest_edge, self.description.longest_edge)
 
     def read(self, image: ImageSource) -> np.ndarray:
-        """A picture as (H, W, 3) uint8 RGB, see `read_picture`."""
-        return read_picture(image)
+        """An image as (H, W, 3) uint8 RGB, see `read_image`."""
+        return read_image(image)
 
-    def predict(self, pictures: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
-        """Poses of one batch of pictures, each (H, W, 3) uint8 RGB."""
-        batch = self.preprocess(pictures)
-        sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+    def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
+        """Poses of one batch of images, each (H, W, 3) uint8 RGB."""
+        batch = self.preprocess(images)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
         return self.postprocess(self._engine.run(*batch), sizes, self.threshold if threshold is None else threshold)
 
-    def preprocess(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def preprocess(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """`pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W) int64 of B arrays (H_i, W_i, 3) uint8 RGB."""
         about = self.description
-        resized = [
-            resize_image(picture, *self.network_size(picture.shape[0], picture.shape[1])) for picture in pictures
-        ]
+        resized = [resize_image(image, *self.network_size(image.shape[0], image.shape[1])) for image in images]
         return normalize_and_pad(resized, about.image_mean, about.image_std, about.pad_size_divisor)
 
     def postprocess(
@@ -107,7 +105,7 @@ class ExportedPredictor(Predictor):
 
         Args:
             outputs: of the network.
-            sizes: B pairs (height, width) of the original pictures.
+            sizes: B pairs (height, width) of the original images.
 
         Raises:
             InputError: scores or poses that are NaN or infinite.

@@ -1,1 +1,1 @@
-"""A small HTTP server: pictures in, poses in pixels out, and one page to try it. `pip install "hpetr[serve]"`."""
+"""A small HTTP server: images in, poses in pixels out, and one page to try it. `pip install "hpetr[serve]"`."""

@@ -24,7 +24,7 @@ from hpetr import __version__
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.server.batching import Batcher, Job
-from hpetr.server.limits import FIELD, FORMAT_NAMES, Limits, Refusal, check_picture, read_upload
+from hpetr.server.limits import FIELD, FORMAT_NAMES, Limits, Refusal, check_image, read_upload
 from hpetr.server.metrics import Metrics
 from hpetr.server.schemas import Health, ModelInfo, Prediction, Problem, to_prediction
 
@@ -40,21 +40,21 @@ CLIENT_CLOSED_REQUEST = 499  # nobody sees it; nginx's number
 Threshold = Annotated[
     float | None, Query(ge=0, le=1, description="Poses with a higher score are given. Default: the model's own.")
 ]
-PICTURE = {"type": "string", "format": "binary"}
+IMAGE = {"type": "string", "format": "binary"}
 BODY = {
     "required": True,
-    "description": f"One picture: {FORMAT_NAMES}.",
+    "description": f"One image: {FORMAT_NAMES}.",
     "content": {
-        "multipart/form-data": {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: PICTURE}}},
-        "image/*": {"schema": PICTURE},
+        "multipart/form-data": {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: IMAGE}}},
+        "image/*": {"schema": IMAGE},
     },
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "Empty upload, or a form that cannot be read."},
     408: {"model": Problem, "description": "The upload took too long."},
     413: {"model": Problem, "description": "Too many bytes or pixels."},
-    415: {"model": Problem, "description": "Not a picture."},
-    422: {"model": Problem, "description": "Wrong form field or parameter, or a truncated or broken picture."},
+    415: {"model": Problem, "description": "Not an image."},
+    422: {"model": Problem, "description": "Wrong form field or parameter, or a truncated or broken image."},
     500: {"model": Problem, "description": "The model failed."},
     503: {"model": Problem, "description": "The queue is full; `Retry-After` says when to come again."},
     504: {"model": Problem, "description": "The poses were not ready in time."},
@@ -68,7 +68,7 @@ class Service:
         predictor: the model.
         name: of the model, as answers give it.
         limits: what requests may cost.
-        batch_size: pictures that go through the network together at most; None takes the predictor's own.
+        batch_size: images that go through the network together at most; None takes the predictor's own.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Service:
         return self.predictor.threshold
 
     async def predict(self, request: Request, threshold: float) -> PoseResult:
-        """The poses of a request's picture.
+        """The poses of a request's image.
 
         Raises:
             Refusal: see `PROBLEMS`.
-            ClientDisconnect: the client went away; its picture is out of the line.
+            ClientDisconnect: the client went away; its image is out of the line.
         """
         self.batcher.admit()
         submitted = False
@@ -111,7 +111,7 @@ class Service:
         try:
             data = await _until(deadline, read_upload(request, self.limits), self._late_upload())
             loop = asyncio.get_running_loop()
-            check = loop.run_in_executor(self._header_reader, check_picture, data, self.limits)
+            check = loop.run_in_executor(self._header_reader, check_image, data, self.limits)
             job = Job(data, await _until(deadline, check, self._late()), threshold)
             self.batcher.submit(job)
             submitted = True
@@ -137,8 +137,8 @@ class Service:
             version=__version__,
         )
 
-    def _count_batch(self, pictures: int, seconds: float) -> None:
-        self.metrics.batch_size.observe(pictures)
+    def _count_batch(self, images: int, seconds: float) -> None:
+        self.metrics.batch_size.observe(images)
         self.metrics.inference.observe(seconds)
 
     def _late_upload(self) -> Refusal:
@@ -159,7 +159,7 @@ async def _until(deadline: float, result: Awaitable[T], late: Refusal) -> T:
 
 
 async def _unless_gone(request: Request, job: Job) -> PoseResult:
-    """Wait for the poses or for the client to go, whichever is first; a picture that nobody waits for is dropped."""
+    """Wait for the poses or for the client to go, whichever is first; an image that nobody waits for is dropped."""
     poses: asyncio.Future[PoseResult] = asyncio.wrap_future(job.future)
     gone = asyncio.ensure_future(request.receive())  # after the body there is only the end of the connection
     try:
@@ -190,9 +190,9 @@ def create_app(service: Service) -> FastAPI:
         """The model, its keypoints, and the limits on uploads."""
         return service.info()
 
-    @app.get("/health", responses={503: {"model": Health, "description": "No pictures are taken."}})
+    @app.get("/health", responses={503: {"model": Health, "description": "No images are taken."}})
     async def health() -> Health:
-        """Whether pictures are taken."""
+        """Whether images are taken."""
         if service.batcher.alive:
             return Health(status="ok")
         return JSONResponse({"status": "the model has stopped"}, HTTPStatus.SERVICE_UNAVAILABLE)  # type: ignore[return-value]
@@ -208,7 +208,7 @@ def create_app(service: Service) -> FastAPI:
 def _add_prediction(app: FastAPI, service: Service) -> None:
     @app.post("/v1/predict", response_model=Prediction, responses=PROBLEMS, openapi_extra={"requestBody": BODY})
     async def predict(request: Request, threshold: Threshold = None) -> Response:
-        """The poses of one picture, which comes as the form field `file` or as the whole body."""
+        """The poses of one image, which comes as the form field `file` or as the whole body."""
         wanted = service.threshold if threshold is None else threshold
         start = time.perf_counter()
         service.metrics.requests.inc()

@@ -1,4 +1,4 @@
-"""One thread with the model, and the bounded line of pictures in front of it."""
+"""One thread with the model, and the bounded line of images in front of it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OnBatch = Callable[[int, float], None]
 
 @dataclass(eq=False)
 class Job:
-    """One picture in the line.
+    """One image in the line.
 
     Attributes:
-        data: the encoded picture.
+        data: the encoded image.
         size: (height, width) by its header, before rotation by EXIF.
         threshold: only poses with a higher score are wanted.
         future: becomes the poses, an InputError's `Refusal`, or is cancelled when nobody waits any more.
@@ -43,16 +43,16 @@ class Job:
 
 
 class Batcher:
-    """Runs a model in a thread of its own, on batches of the pictures that wait.
+    """Runs a model in a thread of its own, on batches of the images that wait.
 
-    A batch never waits for company: it is the oldest picture and those behind it that the network sees in the same
-    size, so that no padding is added and nobody's poses depend on other people's pictures. Encoded pictures wait;
-    decoded are only those of the batch, and all of them together have at most `max_pixels` (or are one picture).
+    A batch never waits for company: it is the oldest image and those behind it that the network sees in the same
+    size, so that no padding is added and nobody's poses depend on other people's images. Encoded images wait;
+    decoded are only those of the batch, and all of them together have at most `max_pixels` (or are one image).
 
     Args:
         predictor: the model.
         capacity: requests that may be inside at once, from `admit` to the end of their job.
-        batch_size: pictures that go through the network together at most.
+        batch_size: images that go through the network together at most.
         max_pixels: of a batch.
 
     Requests are admitted before their upload is read, which bounds the memory of uploads too.
@@ -60,12 +60,12 @@ class Batcher:
 
     def __init__(self, predictor: Predictor, capacity: int, batch_size: int, max_pixels: int) -> None:
         self.predictor, self.capacity, self.batch_size, self.max_pixels = predictor, capacity, batch_size, max_pixels
-        self.on_batch: OnBatch = lambda pictures, seconds: None
+        self.on_batch: OnBatch = lambda images, seconds: None
         self._line: deque[Job] = deque()
         self._changed = threading.Condition()
         self._admitted = 0
         self._closing = False
-        self._seconds_per_picture = 0.0
+        self._seconds_per_image = 0.0
         self._thread = threading.Thread(target=self._work, name="hpetr-model", daemon=True)
 
     def start(self) -> None:
@@ -73,7 +73,7 @@ class Batcher:
         self._thread.start()
 
     def close(self, timeout: float) -> None:
-        """End the thread after the pictures that wait; waits for it so many seconds."""
+        """End the thread after the images that wait; waits for it so many seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -81,12 +81,12 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether pictures that are submitted will be looked at."""
+        """Whether images that are submitted will be looked at."""
         return self._thread.is_alive() and not self._closing
 
     @property
     def waiting(self) -> int:
-        """Pictures in the line."""
+        """Images in the line."""
         return len(self._line)
 
     @property
@@ -102,7 +102,7 @@ class Batcher:
         """
         with self._changed:
             if self._admitted >= self.capacity:
-                seconds = max(1, math.ceil(self._admitted * self._seconds_per_picture))
+                seconds = max(1, math.ceil(self._admitted * self._seconds_per_image))
                 raise Refusal(
                     HTTPStatus.SERVICE_UNAVAILABLE,
                     "queue_full",
@@ -117,9 +117,9 @@ class Batcher:
             self._admitted -= 1
 
     def submit(self, job: Job) -> None:
-        """Put a picture of an admitted request in the line. Its place is free again when its future is done.
+        """Put an image of an admitted request in the line. Its place is free again when its future is done.
 
-        Cancelling the future takes the picture out of the line, unless the model has it already.
+        Cancelling the future takes the image out of the line, unless the model has it already.
         """
         job.future.add_done_callback(lambda _: self._leave(job))
         with self._changed:
@@ -138,12 +138,12 @@ class Batcher:
             done = self._run(jobs)
             seconds = time.perf_counter() - start
             if done:
-                old, new = self._seconds_per_picture, seconds / done
-                self._seconds_per_picture = new if old == 0 else 0.8 * old + 0.2 * new
+                old, new = self._seconds_per_image, seconds / done
+                self._seconds_per_image = new if old == 0 else 0.8 * old + 0.2 * new
                 self.on_batch(done, seconds)
 
     def _next_batch(self) -> list[Job] | None:
-        """The oldest picture that somebody still waits for and those that may go with it; None at the end."""
+        """The oldest image that somebody still waits for and those that may go with it; None at the end."""
         with self._changed:
             while True:
                 while not self._line and not self._closing:
@@ -172,29 +172,29 @@ class Batcher:
         return self.predictor.network_size(*size)
 
     def _run(self, jobs: Sequence[Job]) -> int:
-        """Answer every job; gives how many pictures went through the network."""
+        """Answer every job; gives how many images went through the network."""
         groups: dict[tuple[int, int], list[tuple[Job, np.ndarray]]] = {}
         for job in jobs:
             try:
-                picture = load_image(job.data)
+                image = load_image(job.data)
             except InputError as error:
                 # Without load_image's "image of 123 bytes: ", which is about us.
                 job.future.set_exception(broken(str(error).partition(": ")[2]))
             except MemoryError as error:
                 job.future.set_exception(error)
             else:
-                # By EXIF a picture may lie on its side, other than its header says.
-                height, width = picture.shape[:2]
-                groups.setdefault(self._network_size((height, width)), []).append((job, picture))
+                # By EXIF an image may lie on its side, other than its header says.
+                height, width = image.shape[:2]
+                groups.setdefault(self._network_size((height, width)), []).append((job, image))
         for group in groups.values():
             self._predict(group)
         return sum(map(len, groups.values()))
 
     def _predict(self, group: Sequence[tuple[Job, np.ndarray]]) -> None:
         lowest = min(job.threshold for job, _ in group)
-        pictures = [picture for _, picture in group]
+        images = [image for _, image in group]
         try:
-            results = self.predictor.predict(pictures, lowest)
+            results = self.predictor.predict(images, lowest)
         except Exception as error:  # a failure is answered, and the next batch may do
             logger.exception("the model failed on a batch of %d", len(group))
             for job, _ in group:

@@ -18,13 +18,13 @@ from hpetr.errors import InputError
 FIELD = "file"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-# Pillow refuses to open a picture with more pixels, whatever --max-pixels says.
+# Pillow refuses to open an image with more pixels, whatever --max-pixels says.
 PILLOW_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 # A progressive JPEG comes in about ten scans. Each costs a pass over all pixels and may take a few bytes of the file,
 # so that 20 MB can keep a decoder busy for hours.
 MAX_SCANS = 100
 SCAN = b"\xff\xda"  # never within compressed data, where 00 follows every ff
-FORM_OVERHEAD = 16_384  # bytes of a form around the picture
+FORM_OVERHEAD = 16_384  # bytes of a form around the image
 OTHER_FIELDS = 8
 
 
@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
         max_bytes: of an upload.
-        max_pixels: of a picture, by its header.
+        max_pixels: of an image, by its header.
         queue: requests that are inside at once: uploading, waiting or in the network. Memory is bounded by
             `queue * max_bytes` for uploads and some copies of `max_pixels` pixels for what is decoded.
         timeout: seconds from a request's first byte to its answer.
@@ -80,7 +80,7 @@ def too_large(limits: Limits) -> Refusal:
 
 
 async def read_upload(request: Request, limits: Limits) -> bytes:
-    """The picture's bytes, from the form field `file` or as the whole body. Never holds more than the limit.
+    """The image's bytes, from the form field `file` or as the whole body. Never holds more than the limit.
 
     Raises:
         Refusal: too large, empty, not a form, or a form without the field.
@@ -96,7 +96,7 @@ async def read_upload(request: Request, limits: Limits) -> bytes:
     if len(data) > limits.max_bytes:
         raise too_large(limits)
     if not data:
-        raise Refusal(HTTPStatus.BAD_REQUEST, "empty", "the upload is empty, expected a picture")
+        raise Refusal(HTTPStatus.BAD_REQUEST, "empty", "the upload is empty, expected an image")
     return data
 
 
@@ -137,27 +137,27 @@ async def _read_form(request: Request, limits: Limits) -> bytes:
             raise Refusal(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 "wrong_field",
-                f"the form field {FIELD!r} {why}, expected a picture file",
+                f"the form field {FIELD!r} {why}, expected an image file",
             )
         return await upload.read()
     finally:
         await form.close()
 
 
-def check_picture(data: bytes, limits: Limits) -> tuple[int, int]:
+def check_image(data: bytes, limits: Limits) -> tuple[int, int]:
     """Height and width by the header, before rotation by EXIF; nothing is decoded.
 
     Raises:
-        Refusal: not a picture, too many pixels, or a JPEG built to take hours.
+        Refusal: not an image, too many pixels, or a JPEG built to take hours.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
     except UnidentifiedImageError as error:
         raise Refusal(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "not_a_picture", f"the upload is not a picture, expected {FORMAT_NAMES}"
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "not_a_picture", f"the upload is not an image, expected {FORMAT_NAMES}"
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(f"more than {PILLOW_PIXELS:,}", limits) from error
@@ -175,14 +175,14 @@ def check_picture(data: bytes, limits: Limits) -> tuple[int, int]:
 
 
 def broken(reason: str) -> Refusal:
-    """The upload begins as a picture and does not go on as one."""
+    """The upload begins as an image and does not go on as one."""
     line = (reason.splitlines() or ["?"])[0]
-    return Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, "broken_picture", f"the picture cannot be read: {line}")
+    return Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, "broken_picture", f"the image cannot be read: {line}")
 
 
 def _too_many_pixels(found: str, limits: Limits) -> Refusal:
     return Refusal(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         "too_many_pixels",
-        f"the picture has {found} pixels, expected at most {limits.max_pixels:,}",
+        f"the image has {found} pixels, expected at most {limits.max_pixels:,}",
     )

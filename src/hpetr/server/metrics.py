@@ -14,7 +14,7 @@ class Metrics:
     """The figures of one server, in a registry of its own.
 
     Args:
-        waiting: gives the pictures that wait for the network.
+        waiting: gives the images that wait for the network.
         admitted: gives the requests that are inside: uploading, waiting or in the network.
     """
 
@@ -30,7 +30,7 @@ class Metrics:
             "hpetr_batch_seconds", "Decoding and network, a batch.", buckets=SECONDS, registry=self.registry
         )
         self.batch_size = Histogram(
-            "hpetr_batch_size", "Pictures that went together.", buckets=BATCH_SIZES, registry=self.registry
+            "hpetr_batch_size", "Images that went together.", buckets=BATCH_SIZES, registry=self.registry
         )
-        Gauge("hpetr_queue_length", "Pictures that wait.", registry=self.registry).set_function(waiting)
+        Gauge("hpetr_queue_length", "Images that wait.", registry=self.registry).set_function(waiting)
         Gauge("hpetr_admitted", "Requests that are inside.", registry=self.registry).set_function(admitted)

@@ -15,14 +15,14 @@ Box = Annotated[list[float], Field(min_length=4, max_length=4)]
 
 
 class Size(BaseModel):
-    """Pixels of the picture after rotation by EXIF."""
+    """Pixels of the image after rotation by EXIF."""
 
     width: int
     height: int
 
 
 class Keypoint(BaseModel):
-    """One joint, in pixels of the picture from its top left corner."""
+    """One joint, in pixels of the image from its top left corner."""
 
     name: str
     x: float
@@ -40,7 +40,7 @@ class Pose(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The poses of one picture, best first."""
+    """The poses of one image, best first."""
 
     model: str
     image: Size
@@ -60,14 +60,14 @@ class ModelInfo(BaseModel):
     threshold: float = Field(description="Taken when a request names none.")
     max_poses: int = Field(description="The network gives at most so many.")
     max_bytes: int = Field(description="Of an upload.")
-    max_pixels: int = Field(description="Of a picture.")
+    max_pixels: int = Field(description="Of an image.")
     timeout: float = Field(description="Seconds.")
     device: str
     version: str = Field(description="Of hpetr.")
 
 
 class Health(BaseModel):
-    """Whether pictures are taken."""
+    """Whether images are taken."""
 
     status: str
 

@@ -17,7 +17,7 @@ from hpetr.training.trainer import PoseTrainer
 
 
 class RunCallback(TrainerCallback):
-    """Chooses the epoch's pictures, averages the weights, and keeps a log of one JSON object a line."""
+    """Chooses the epoch's images, averages the weights, and keeps a log of one JSON object a line."""
 
     def __init__(self, trainer: PoseTrainer):
         self.trainer = trainer
@@ -28,7 +28,7 @@ class RunCallback(TrainerCallback):
     def start_clock(self, *args, **kwargs):
         self.started = time.monotonic()
 
-    # A step lasts from the end of the one before it, the loading of its pictures included; evaluations and checkpoints
+    # A step lasts from the end of the one before it, the loading of its images included; evaluations and checkpoints
     # are no part of it.
     on_train_begin = on_evaluate = on_save = start_clock
 

@@ -1,4 +1,4 @@
-"""What a training run reads: its pictures, their order and their augmentation."""
+"""What a training run reads: its images, their order and their augmentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hpetr.poses.skeleton import Skeleton
 from hpetr.training.recipe import AugmentRecipe, DataSource, ProcessorRecipe, SideRange
 
 CROP_LONG_SIDE = 4200  # limit of the long side before a crop, as published
-BUCKET_STEPS = 32  # optimiser steps whose pictures are sorted by shape together
+BUCKET_STEPS = 32  # optimizer steps whose images are sorted by shape together
 
 
 def open_data(source: DataSource) -> PoseDataset:
@@ -62,7 +62,7 @@ def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> N
 
 
 class Draw(NamedTuple):
-    """A picture's turn: the place in the epoch's list of pictures, and the epoch, which gives its random numbers."""
+    """An image's turn: the place in the epoch's list of images, and the epoch, which gives its random numbers."""
 
     epoch: int
     place: int
@@ -71,14 +71,14 @@ class Draw(NamedTuple):
 class TrainingSet(Dataset[Sample]):
     """Several data sets, filtered, repeated and augmented.
 
-    The random numbers of a picture follow from seed, epoch and place alone, so neither the number of workers and
+    The random numbers of an image follow from seed, epoch and place alone, so neither the number of workers and
     processes nor a restart changes what the network sees.
 
     Args:
-        datasets, sources: the pictures, and what the recipe says of each data set.
-        transform: the augmentation of a picture.
-        mosaics: share of the turns in which a picture shares its place with three others.
-        fill: RGB in 0..255 between the pictures of a mosaic.
+        datasets, sources: the images, and what the recipe says of each data set.
+        transform: the augmentation of an image.
+        mosaics: share of the turns in which an image shares its place with three others.
+        fill: RGB in 0..255 between the images of a mosaic.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class TrainingSet(Dataset[Sample]):
         self.datasets, self.transform, self.seed = datasets, transform, seed
         self.mosaics, self.fill = mosaics, fill
         self.absent = [source.unlabelled == "absent" for source in sources]
-        self.places: list[tuple[int, int]] = []  # data set and picture
+        self.places: list[tuple[int, int]] = []  # data set and image
         for number, (data, source) in enumerate(zip(datasets, sources, strict=True)):
             chosen = np.flatnonzero(data.has_people) if source.only_with_people else range(len(data))
-            self.places += [(number, int(picture)) for picture in chosen] * source.repeat
+            self.places += [(number, int(image)) for image in chosen] * source.repeat
 
     def __len__(self) -> int:
         return len(self.places)
@@ -110,7 +110,7 @@ class TrainingSet(Dataset[Sample]):
         return self.transform(samples[0] if len(samples) == 1 else mosaic(samples, self.fill), rng)
 
     def sample(self, dataset: int, index: int) -> Sample:
-        """A picture as it is in its data set."""
+        """An image as it is in its data set."""
         sample = self.datasets[dataset][index]
         if not self.absent[dataset]:
             return sample
@@ -119,22 +119,22 @@ class TrainingSet(Dataset[Sample]):
         return replace(sample, keypoints=keypoints)
 
     def shapes(self) -> np.ndarray:
-        """(N,) width / height of every picture."""
-        ratios = [data.picture_sizes[:, 0] / data.picture_sizes[:, 1] for data in self.datasets]
+        """(N,) width / height of every image."""
+        ratios = [data.image_sizes[:, 0] / data.image_sizes[:, 1] for data in self.datasets]
         return np.array([ratios[dataset][place] for dataset, place in self.places])
 
 
 class EpochSampler(Sampler[Draw]):
-    """The order of an epoch's pictures, from seed and epoch alone.
+    """The order of an epoch's images, from seed and epoch alone.
 
-    The epoch is filled up to whole steps with pictures from its beginning, as the official code does: every step then
-    has the same number of pictures, however many processes share it.
+    The epoch is filled up to whole steps with images from its beginning, as the official code does: every step then
+    has the same number of images, however many processes share it.
 
     Args:
         data: what is sampled.
-        total_batch: pictures of an optimiser step.
-        bucketing: pictures of similar shape go into one step. `BUCKET_STEPS` steps at a time are sorted by width /
-            height, cut into steps and shuffled, so pictures still meet others in every epoch.
+        total_batch: images of an optimizer step.
+        bucketing: images of similar shape go into one step. `BUCKET_STEPS` steps at a time are sorted by width /
+            height, cut into steps and shuffled, so images still meet others in every epoch.
     """
 
     def __init__(self, data: TrainingSet, total_batch: int, seed: int, *, bucketing: bool):
@@ -162,19 +162,19 @@ class EpochSampler(Sampler[Draw]):
         return (Draw(self.epoch, int(place)) for place in order)
 
 
-def mean_colour(processor: ProcessorRecipe) -> tuple[float, float, float]:
-    """RGB in 0..255 that normalises to 0."""
+def mean_color(processor: ProcessorRecipe) -> tuple[float, float, float]:
+    """RGB in 0..255 that normalizes to 0."""
     red, green, blue = (255 * mean for mean in processor.image_mean)
     return red, green, blue
 
 
 def build_transform(recipe: AugmentRecipe, processor: ProcessorRecipe, skeleton: Skeleton) -> Transform:
-    """The published order: colours, rotation and shear, flip, then one of plain resize and crop with resize."""
+    """The published order: colors, rotation and shear, flip, then one of plain resize and crop with resize."""
     steps: list[Transform] = []
     if recipe.photometric:
         steps.append(PhotometricDistortion())
     if recipe.rotation or recipe.shear:
-        fill = mean_colour(processor)
+        fill = mean_color(processor)
         steps.append(RandomAffine(rotation=recipe.rotation, shear=recipe.shear, fill=fill))
     if recipe.flip:
         steps.append(RandomHorizontalFlip(recipe.flip, skeleton.flip_index))

@@ -41,17 +41,17 @@ class ModelRecipe(Strict):
 
 
 class DataSource(Strict):
-    """Labelled pictures: a COCO or CrowdPose keypoint JSON, or a YOLO-pose `data.yaml`."""
+    """Labelled images: a COCO or CrowdPose keypoint JSON, or a YOLO-pose `data.yaml`."""
 
     annotations: Path
     images: Path | None = Field(default=None, description="JSON: default the folder `images` beside the annotations")
     split: str | None = Field(default=None, description="YOLO-pose: train, val or test")
     area_of_box: float | None = Field(default=None, gt=0, description="area of a person = this share of its box")
-    limit: int | None = Field(default=None, ge=1, description="the first pictures only")
+    limit: int | None = Field(default=None, ge=1, description="the first images only")
     only_with_people: bool = Field(
-        default=False, description="leave out pictures where nobody is annotated, as the published runs do"
+        default=False, description="leave out images where nobody is annotated, as the published runs do"
     )
-    repeat: int = Field(default=1, ge=1, description="how often an epoch sees each picture")
+    repeat: int = Field(default=1, ge=1, description="how often an epoch sees each image")
     unlabelled: Literal["unknown", "absent"] = Field(
         default="unknown",
         description="what a joint without label says to a model with keypoint_scores: nothing, or that nobody sees it",
@@ -59,7 +59,7 @@ class DataSource(Strict):
 
 
 class DataRecipe(Strict):
-    """Pictures to train on and, optionally, to evaluate on during training."""
+    """Images to train on and, optionally, to evaluate on during training."""
 
     train: list[DataSource] = Field(min_length=1)
     val: DataSource | None = None
@@ -98,7 +98,7 @@ class AugmentRecipe(Strict):
     rotation: float = Field(default=0.0, ge=0, le=180, description="degrees, either way")
     shear: float = Field(default=0.0, ge=0, lt=90, description="degrees, either way, along x and along y")
     photometric: bool = False
-    mosaic: float = Field(default=0.0, ge=0, le=1, description="share of the turns that show four pictures in one")
+    mosaic: float = Field(default=0.0, ge=0, le=1, description="share of the turns that show four images in one")
 
 
 class ProcessorRecipe(Strict):
@@ -122,14 +122,14 @@ class ProcessorRecipe(Strict):
 
 
 class TrainRecipe(Strict):
-    """Optimisation. Every interval counts optimiser steps."""
+    """Optimization. Every interval counts optimizer steps."""
 
     epochs: float = Field(gt=0)
-    total_batch_size: int = Field(default=8, ge=1, description="pictures of an optimiser step, over all processes")
+    total_batch_size: int = Field(default=8, ge=1, description="images of an optimizer step, over all processes")
     batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="pictures that go through the network together in a process; gradients accumulate up to the total",
+        description="images that go through the network together in a process; gradients accumulate up to the total",
     )
     lr: float = Field(default=2e-4, gt=0)
     backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone stays as it is, and costs less")
@@ -141,7 +141,7 @@ class TrainRecipe(Strict):
     drops: list[float] = Field(default=[0.8], description="shares of the run after which `step` divides lr by 10")
     warmup_steps: int = Field(default=0, ge=0)
     seed: int = 0
-    workers: int = Field(default=2, ge=0, description="processes that load pictures, for each training process")
+    workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     log_every: int = Field(default=20, ge=1)
     save_every: int = Field(default=500, ge=1, description="a multiple of log_every")
     keep: int = Field(default=2, ge=1, description="checkpoints kept for resuming")
@@ -150,7 +150,7 @@ class TrainRecipe(Strict):
     ema: float | None = Field(default=None, gt=0, lt=1, description="decay of an average of the weights, e.g. 0.9998")
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
-    bucketing: bool = Field(default=True, description="pictures of similar shape go together, which cuts padding")
+    bucketing: bool = Field(default=True, description="images of similar shape go together, which cuts padding")
     report_to: list[Literal["tensorboard", "wandb"]] = []
     arguments: dict[str, Any] = Field(
         default={}, description="further arguments of transformers' TrainingArguments, e.g. fsdp or deepspeed"

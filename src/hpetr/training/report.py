@@ -39,7 +39,7 @@ REPORT = "report.html"
 NOT_A_TERM = {"step", "epoch", "loss", "grad_norm", "learning_rate", "step_seconds"}
 NOT_A_FIGURE = {"step", "epoch"}  # of an evaluation's line
 CURVE_POINTS = 200  # more than these cannot be told apart at the width of a curve
-SAMPLE_SIDE = 640  # pixels, the longer side of each half of a sample picture
+SAMPLE_SIDE = 640  # pixels, the longer side of each half of a sample image
 GAP = 8
 # Middle tones: curves have no background of their own and must read on white as on black.
 INK = "#7f868d"
@@ -106,18 +106,18 @@ def draw_samples(
     count: int = 8,
     threshold: float | None = None,
 ) -> list[tuple[str, np.ndarray]]:
-    """The first pictures of a data set, the labels on the left and the model's poses on the right.
+    """The first images of a data set, the labels on the left and the model's poses on the right.
 
     Args:
         model: left in the mode (train or eval) it came in.
-        count: how many pictures, at most.
+        count: how many images, at most.
         threshold: only poses with a higher score are drawn; None takes the processor's.
 
     Returns:
-        Pairs of a caption and a picture (H, W, 3) uint8 RGB.
+        Pairs of a caption and an image (H, W, 3) uint8 RGB.
 
     Raises:
-        InputError: a picture cannot be read.
+        InputError: an image cannot be read.
     """
     limit = processor.threshold if threshold is None else threshold
     was_training = model.training
@@ -149,12 +149,12 @@ def _labels_as_result(sample: Sample, found: PoseResult) -> PoseResult:
     )
 
 
-def _shrink(picture: np.ndarray) -> np.ndarray:
-    scale = SAMPLE_SIDE / max(picture.shape[:2])
+def _shrink(image: np.ndarray) -> np.ndarray:
+    scale = SAMPLE_SIDE / max(image.shape[:2])
     if scale >= 1:
-        return picture
-    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        return image
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def write_report(
@@ -170,7 +170,7 @@ def write_report(
         folder: of the run.
         recipe: that the run followed.
         train: the data sets of `recipe.data.train`, in its order. val: that of `recipe.data.val`.
-        samples: captions and pictures (H, W, 3) uint8 RGB, see `draw_samples`.
+        samples: captions and images (H, W, 3) uint8 RGB, see `draw_samples`.
 
     Returns:
         The path of the report.
@@ -180,7 +180,7 @@ def write_report(
     """
     log = read_log(folder / LOG)
     values = recipe_yaml(recipe)
-    pictures = [_figure(caption, _jpeg_uri(picture), "wide") for caption, picture in samples]
+    images = [_figure(caption, _jpeg_uri(image), "wide") for caption, image in samples]
     page = [
         f"<h1>{html.escape(recipe.model.preset)}</h1>",
         f"<p class=note>Training report of {html.escape(str(folder))}</p>",
@@ -189,7 +189,7 @@ def write_report(
         _metrics_table(log, val is not None),
         "<h2>Curves</h2>",
         _curves(log),
-        "<h2>Samples: labels left, predictions right</h2>" + "".join(pictures) if pictures else "",
+        "<h2>Samples: labels left, predictions right</h2>" + "".join(images) if images else "",
         f"<h2>Recipe</h2><pre>{html.escape(values)}</pre>",
         "<h2>Versions and machine that wrote this report</h2>",
         _table(environment_info().items()),
@@ -227,7 +227,7 @@ def _run_rows(
     else:
         epoch = max((line["epoch"] for line in lines if "epoch" in line), default=0.0)
         total = recipe.train.total_batch_size
-        rows.append(("steps", f"{lines[-1]['step']:,} of {total} pictures each, {epoch:.4g} epochs"))
+        rows.append(("steps", f"{lines[-1]['step']:,} of {total} images each, {epoch:.4g} epochs"))
     if log.training:
         rows.append(("loss", f"{log.training[0]['loss']:.4g} at first, {log.training[-1]['loss']:.4g} at last"))
     rows.append(("time per step", _time_per_step(log)))
@@ -354,8 +354,8 @@ def _chart(
     return _figure(title, _data_uri("png", buffer.getvalue()), "curve", show_caption=False)
 
 
-def _jpeg_uri(picture: np.ndarray) -> str:
-    encoded = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+def _jpeg_uri(image: np.ndarray) -> str:
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
     return _data_uri("jpeg", encoded.tobytes())
 
 

@@ -1,4 +1,4 @@
-"""One picture of what the network is shown: augmented training pictures with their labels, side by side."""
+"""One image of what the network is shown: augmented training images with their labels, side by side."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from hpetr.data.collate import PoseCollator
 from hpetr.data.sample import Sample
 from hpetr.errors import InputError
 from hpetr.images.files import write_bytes
-from hpetr.images.read import JPEG_SUFFIXES, encode_picture
+from hpetr.images.read import JPEG_SUFFIXES, encode_image
 from hpetr.poses.skeleton import Skeleton
 from hpetr.training.data import EpochSampler, TrainingSet
 from hpetr.training.recipe import Recipe
 from hpetr.training.train import open_training
 
-CELL = 400  # pixels: side of the square that a picture of the batch is fitted into
+CELL = 400  # pixels: side of the square that an image of the batch is fitted into
 CAPTION = 22  # pixels: height of the line below it
 GAP = 6
 SUFFIXES = JPEG_SUFFIXES | {".png"}
 
-# RGB. Limbs of one side have one colour, so that a flip that forgot to swap the sides is seen.
+# RGB. Limbs of one side have one color, so that a flip that forgot to swap the sides is seen.
 LEFT, RIGHT, MIDDLE = (30, 220, 255), (255, 90, 60), (255, 235, 80)
 BOX, IGNORED, RIM = (120, 255, 120), (255, 90, 255), (20, 20, 20)
 PADDING, PAPER, INK = (128, 128, 128), (250, 250, 250), (30, 30, 30)
 
 
-def write_grid(recipe: Recipe, output: str | Path, pictures: int = 16, seed: int = 0) -> Path:
-    """Write the pictures that a run of the recipe shows its network, with their labels.
+def write_grid(recipe: Recipe, output: str | Path, images: int = 16, seed: int = 0) -> Path:
+    """Write the images that a run of the recipe shows its network, with their labels.
 
     They are augmented, resized and padded (grey) together as in training. Left limbs are blue, right ones red, those
     between yellow; labelled keypoints are discs, or rings where they are labelled as not visible; boxes are green, and
@@ -41,9 +41,9 @@ def write_grid(recipe: Recipe, output: str | Path, pictures: int = 16, seed: int
 
     Args:
         recipe: as for training.
-        output: the picture to write, `.jpg` or `.png`.
-        pictures: how many, from the beginning of the epoch.
-        seed: the epoch of the run that is shown; another one draws other pictures and other augmentation.
+        output: the image to write, `.jpg` or `.png`.
+        images: how many, from the beginning of the epoch.
+        seed: the epoch of the run that is shown; another one draws other images and other augmentation.
 
     Returns:
         The output's path.
@@ -54,18 +54,16 @@ def write_grid(recipe: Recipe, output: str | Path, pictures: int = 16, seed: int
     output = Path(output)
     if output.suffix.lower() not in SUFFIXES:
         raise InputError(f"{output}: expected a name that ends in {', '.join(sorted(SUFFIXES))}")
-    if pictures < 1 or seed < 0:
-        raise InputError(
-            f"pictures is {pictures} and seed {seed}, expected at least 1 picture and a seed of at least 0"
-        )
+    if images < 1 or seed < 0:
+        raise InputError(f"images is {images} and seed {seed}, expected at least 1 image and a seed of at least 0")
     data, _, skeleton = open_training(recipe)
     collator = PoseCollator.from_processor(recipe.processor.build())
-    samples = islice(_samples(data, recipe, seed), pictures)
+    samples = islice(_samples(data, recipe, seed), images)
     size = recipe.train.batch_size or recipe.train.total_batch_size
     cells: list[np.ndarray] = []
     while together := list(islice(samples, size)):
         cells += _draw_batch(together, collator, skeleton)
-    write_bytes(output, encode_picture(_grid(cells), output.suffix))
+    write_bytes(output, encode_image(_grid(cells), output.suffix))
     return output
 
 
@@ -86,23 +84,21 @@ def _draw_batch(samples: list[Sample], collator: PoseCollator, skeleton: Skeleto
     for values, mask, labels, sample in zip(
         batch["pixel_values"], batch["pixel_mask"], batch["labels"], samples, strict=True
     ):
-        picture = values.permute(1, 2, 0).numpy().copy()  # (H, W, 3)
-        picture[~mask.numpy()] = PADDING
+        image = values.permute(1, 2, 0).numpy().copy()  # (H, W, 3)
+        image[~mask.numpy()] = PADDING
         height, width = sample.image.shape[:2]
         people = len(labels["keypoints"])
         caption = f"{width}x{height}, {people} {'person' if people == 1 else 'people'}"
-        cells.append(_cell(picture, {k: v.numpy() for k, v in labels.items()}, skeleton, sample.path.name, caption))
+        cells.append(_cell(image, {k: v.numpy() for k, v in labels.items()}, skeleton, sample.path.name, caption))
     return cells
 
 
-def _cell(
-    picture: np.ndarray, labels: dict[str, np.ndarray], skeleton: Skeleton, name: str, caption: str
-) -> np.ndarray:
-    """(CELL + CAPTION, CELL, 3) uint8: a padded picture (H, W, 3), fitted, with labels and caption."""
-    scale = CELL / max(picture.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
-    # Labels are drawn after scaling: lines are equally thick on every picture.
-    scene = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+def _cell(image: np.ndarray, labels: dict[str, np.ndarray], skeleton: Skeleton, name: str, caption: str) -> np.ndarray:
+    """(CELL + CAPTION, CELL, 3) uint8: a padded image (H, W, 3), fitted, with labels and caption."""
+    scale = CELL / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    # Labels are drawn after scaling: lines are equally thick on every image.
+    scene = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     for box in labels["ignore_boxes"] * scale:
         _dashed(scene, box)
     for box in labels["boxes"] * scale:
@@ -125,7 +121,7 @@ def _draw_person(scene: np.ndarray, xy: np.ndarray, visibility: np.ndarray, skel
     for left, right in skeleton.flip_pairs:
         colors[left], colors[right] = LEFT, RIGHT
     limbs = [(a, b) for a, b in skeleton.edges if visibility[a] and visibility[b]]
-    for rim in (True, False):  # a dark pass below keeps the colours readable on every background
+    for rim in (True, False):  # a dark pass below keeps the colors readable on every background
         for first, second in limbs:
             color = colors[first] if colors[first] == colors[second] else MIDDLE
             ends = _point(xy[first]), _point(xy[second])
@@ -148,7 +144,7 @@ def _dashed(scene: np.ndarray, box: np.ndarray, dash: int = 6) -> None:
 
 
 def _point(xy: Any) -> tuple[int, int]:
-    """The pixel that holds a place, whose coordinates count from the picture's edge."""
+    """The pixel that holds a place, whose coordinates count from the image's edge."""
     return int(xy[0]), int(xy[1])
 
 

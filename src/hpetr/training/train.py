@@ -23,7 +23,7 @@ from hpetr.checkpoints.backbone_weights import copy_weights, load_backbone_weigh
 from hpetr.checkpoints.card import is_own_text
 from hpetr.checkpoints.folder import build_shapes, config_from, load_checkpoint
 from hpetr.checkpoints.hub import CARD
-from hpetr.data.check import shared_pictures
+from hpetr.data.check import shared_images
 from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError, suggestion
 from hpetr.images.files import check_writable
@@ -32,14 +32,14 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.poses.skeleton import Skeleton
 from hpetr.training.callbacks import Console, RunCallback
-from hpetr.training.data import TrainingSet, build_transform, check_agreement, mean_colour, open_data
+from hpetr.training.data import TrainingSet, build_transform, check_agreement, mean_color, open_data
 from hpetr.training.recipe import BACKBONE_WEIGHTS, Recipe
 from hpetr.training.report import draw_samples, write_report
 from hpetr.training.run import check_same_run, checkpoint_to_resume, clear_unfinished, restore_log, write_recipe
 from hpetr.training.trainer import PoseTrainer
 
 Say = Callable[[str], None] | None
-REPORT_PICTURES = 8
+REPORT_IMAGES = 8
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
@@ -54,9 +54,9 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
         resume: "auto" = the newest checkpoint of the recipe's output if there is one, or a checkpoint's folder.
 
     Raises:
-        InputError: bad recipe or data, before any training; a picture that cannot be read, or a checkpoint that cannot
+        InputError: bad recipe or data, before any training; an image that cannot be read, or a checkpoint that cannot
             be written, during it.
-        FloatingPointError: a loss became NaN or infinite; names the pictures and the terms.
+        FloatingPointError: a loss became NaN or infinite; names the images and the terms.
     """
     trainer, checkpoint = processes.together(lambda: prepare(recipe, resume))
     if trainer.args.should_save:
@@ -82,10 +82,10 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads would compete with the model's
     say = _say if arguments.process_index == 0 else None
     data, val, skeleton = open_training(recipe, say)
-    for key, pictures in (("train", data), ("val", val)):
-        if pictures is not None and len(pictures) < arguments.world_size:
+    for key, images in (("train", data), ("val", val)):
+        if images is not None and len(images) < arguments.world_size:
             raise InputError(
-                f"data.{key}: {len(pictures)} pictures for {arguments.world_size} processes, expected at least one each"
+                f"data.{key}: {len(images)} images for {arguments.world_size} processes, expected at least one each"
             )
     model = build_model(recipe, skeleton, data.datasets[0].class_names, checkpoint, say)
     if arguments.should_save:
@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
 
 
 def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDataset | None, Skeleton]:
-    """The recipe's pictures: to train on, augmented, and to evaluate on; and their skeleton.
+    """The recipe's images: to train on, augmented, and to evaluate on; and their skeleton.
 
     Args:
         say: called with a line about each data set and each warning; None keeps silent.
@@ -136,7 +136,7 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
         skeleton = replace(skeleton, sigmas=tuple(recipe.data.sigmas))
     for source, dataset in zip(recipe.data.train, datasets, strict=True):
         left_out = int((~dataset.has_people).sum()) if source.only_with_people else 0
-        note = f"; {left_out:,} pictures without people left out" if left_out else ""
+        note = f"; {left_out:,} images without people left out" if left_out else ""
         say(f"train: {source.annotations}: {dataset.report}{note}")
     if not sum(dataset.report.people for dataset in datasets):
         raise InputError(f"data.train: nobody with labelled keypoints in {datasets[0].path}, expected people to learn")
@@ -145,9 +145,9 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
         say(f"val: {val.path}: {val.report}")
         if not val.report.people:
             raise InputError(f"data.val: nobody with labelled keypoints in {val.path}, expected people to find")
-        if shared := shared_pictures(datasets, val):
+        if shared := shared_images(datasets, val):
             some = ", ".join(path.name for path in shared[:3]) + (", ..." if len(shared) > 3 else "")
-            say(f"warning: {len(shared)} of {len(val)} pictures of val are in train too: {some}; its AP will flatter")
+            say(f"warning: {len(shared)} of {len(val)} images of val are in train too: {some}; its AP will flatter")
     transform = build_transform(recipe.augment, recipe.processor, skeleton)
     data = TrainingSet(
         datasets,
@@ -155,7 +155,7 @@ def open_training(recipe: Recipe, say: Say = None) -> tuple[TrainingSet, PoseDat
         transform,
         recipe.train.seed,
         mosaics=recipe.augment.mosaic,
-        fill=mean_colour(recipe.processor),
+        fill=mean_color(recipe.processor),
     )
     return data, val, skeleton
 
@@ -216,7 +216,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if settings.total_batch_size % (batch * processes):
         raise InputError(
             f"train.total_batch_size is {settings.total_batch_size}, expected a multiple of {processes} processes x "
-            f"{batch} pictures"
+            f"{batch} images"
         )
     for package in settings.report_to:
         if find_spec(package) is None:
@@ -304,7 +304,7 @@ def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
                 path.replace(recipe.output / path.name)
         clear_unfinished(recipe.output)
         source = trainer.val or trainer.data.datasets[0]
-        samples = draw_samples(model, trainer.processor, source, REPORT_PICTURES)
+        samples = draw_samples(model, trainer.processor, source, REPORT_IMAGES)
         write_report(recipe.output, recipe, trainer.data.datasets, trainer.val, samples)
     trainer.accelerator.wait_for_everyone()
     return recipe.output
@@ -312,7 +312,7 @@ def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
 
 @contextmanager
 def _errors_of_one_process() -> Iterator[None]:
-    """Errors during the run; that of a process that loads pictures arrives with its traceback: keep the sentence."""
+    """Errors during the run; that of a process that loads images arrives with its traceback: keep the sentence."""
     try:
         yield
     except InputError as error:

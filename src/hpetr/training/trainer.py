@@ -38,16 +38,16 @@ AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensor
 BEST = "best"
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """Those of a micro-batch, for an error."""
 
     ids: str
     files: str
 
     @classmethod
-    def of(cls, pictures: Sequence[tuple[int, str]]) -> Pictures:
+    def of(cls, images: Sequence[tuple[int, str]]) -> Images:
         """From the collator's pairs of id and path."""
-        ids, files = zip(*pictures, strict=True)
+        ids, files = zip(*images, strict=True)
         return cls(", ".join(map(str, ids)), ", ".join(files))
 
 
@@ -118,9 +118,9 @@ class PoseTrainer(Trainer):
         self.recipe, self.network, self.processor, self.data, self.val = recipe, model, processor, data, val
         self.output = Path(cast(str, args.output_dir))
         self.sampler = EpochSampler(data, recipe.total_batch_size, recipe.seed, bucketing=recipe.bucketing)
-        # Loss terms of the micro-batches since the last log, with their pictures. They stay on the device until then:
+        # Loss terms of the micro-batches since the last log, with their images. They stay on the device until then:
         # to look at them in every step would make a GPU wait.
-        self.pending: list[tuple[Pictures, dict[str, torch.Tensor]]] = []
+        self.pending: list[tuple[Images, dict[str, torch.Tensor]]] = []
         self.seconds, self.steps = 0.0, 0  # of the steps since the last log, without evaluations and checkpoints
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
@@ -144,45 +144,41 @@ class PoseTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pictures = Pictures.of(inputs.pop("pictures"))
+        images = Images.of(inputs.pop("images"))
         inputs["pixel_values"] = self.collator.normalize(inputs["pixel_values"], inputs["pixel_mask"])
         try:
             output = model(**inputs)
         except FloatingPointError as error:
             self.check_losses()  # an earlier loss may be the reason
             step = self.state.global_step + 1
-            raise FloatingPointError(
-                f"step {step}, pictures {pictures.ids}: {error}; files: {pictures.files}"
-            ) from None
-        self.pending.append((pictures, {name: value.detach() for name, value in output.loss_dict.items()}))
+            raise FloatingPointError(f"step {step}, images {images.ids}: {error}; files: {images.files}") from None
+        self.pending.append((images, {name: value.detach() for name, value in output.loss_dict.items()}))
         return (output.loss, output) if return_outputs else output.loss
 
     def check_losses(self) -> dict[str, float]:
         """The mean of every loss term since the last log; one copy from the device.
 
         Raises:
-            FloatingPointError: a term is NaN or infinite; names the first step's pictures and all its terms.
+            FloatingPointError: a term is NaN or infinite; names the first step's images and all its terms.
         """
         if not self.pending:
             return {}
         names = list(self.pending[0][1])
         rows = torch.stack([torch.stack([terms[name] for name in names]) for _, terms in self.pending]).float().cpu()
-        for (pictures, _), row in zip(self.pending, rows, strict=True):
+        for (images, _), row in zip(self.pending, rows, strict=True):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name} = {value:g}" for name, value in zip(names, row.tolist(), strict=True))
-                raise FloatingPointError(
-                    f"pictures {pictures.ids}: the loss is not finite: {terms}; files: {pictures.files}"
-                )
+                raise FloatingPointError(f"images {images.ids}: the loss is not finite: {terms}; files: {images.files}")
         return dict(zip(names, rows.mean(0).tolist(), strict=True))
 
     def check_weights(self) -> None:
         """Raise FloatingPointError where a weight is NaN or infinite: such a model must not become a checkpoint."""
         norms = torch._foreach_norm([p.detach() for p in self.trained().parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
-            pictures = self.pending[-1][0].files if self.pending else "unknown"
+            images = self.pending[-1][0].files if self.pending else "unknown"
             raise FloatingPointError(
                 f"step {self.state.global_step}: weights are no longer finite, though the losses were; "
-                f"last pictures: {pictures}"
+                f"last images: {images}"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -216,9 +212,9 @@ class PoseTrainer(Trainer):
         self.check_losses()
         done, total = 0, len(self.val)
 
-        def progress(pictures: int) -> None:
+        def progress(images: int) -> None:
             nonlocal done
-            done += pictures
+            done += images
             handler = self.callback_handler
             handler.call_event("on_prediction_step", self.args, self.state, self.control, done=done, total=total)
 
@@ -313,7 +309,7 @@ class PoseTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _one_line(checkpoint, "optimiser's and schedule's state"):
+        with _one_line(checkpoint, "optimizer's and schedule's state"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if self.average is not None and checkpoint is not None:
             self.average.n_averaged.fill_(self.state.global_step)

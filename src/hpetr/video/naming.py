@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpetr.errors import InputError
-from hpetr.images.read import PICTURE_SUFFIXES
+from hpetr.images.read import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .mts .m2ts .wmv .flv .3gp .ogv .y4m .h264 .h265 .hevc").split()
@@ -18,10 +18,10 @@ RESULTS_NAME = "predictions.jsonl"
 
 
 def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The videos among the inputs of a command, each once, and the inputs that are left for `find_pictures`.
+    """The videos among the inputs of a command, each once, and the inputs that are left for `find_images`.
 
     Videos are files, also in folders and patterns, with a video's suffix; digits that are no file's name, which mean a
-    camera; and URLs. A folder is also left when there are pictures in it.
+    camera; and URLs. A folder is also left when there are images in it.
 
     Raises:
         InputError: a named video is not there.
@@ -47,11 +47,11 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _left(text: str, files: Iterable[Path], has_videos: bool) -> list[str]:
-    """What of a folder or pattern is left for `find_pictures`, which also says when there is nothing in it."""
+    """What of a folder or pattern is left for `find_images`, which also says when there is nothing in it."""
     if not has_videos:
         return [text]
     if Path(text).is_dir():
-        return [text] if any(file.suffix.lower() in PICTURE_SUFFIXES for file in files) else []
+        return [text] if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files) else []
     return sorted(str(file) for file in files if file.is_file() and not _is_video(file))
 
 

@@ -231,7 +231,7 @@ class _VideoWork:
 
     def _predict(self, batch: list[Frame]) -> list[PoseResult]:
         threshold = self._threshold * (DOUBTFUL_SHARE if self._tracker else 1)
-        return self._predictor.predict([frame.picture for frame in batch], threshold)
+        return self._predictor.predict([frame.image for frame in batch], threshold)
 
     def _write(self, batch: list[Frame], found: list[PoseResult]) -> None:
         for frame, result in zip(batch, found, strict=True):
@@ -245,7 +245,7 @@ class _VideoWork:
             if self._options.draw:
                 if self._sink is None:
                     self._sink = self._open_sink(frame)
-                self._sink.write(frame, draw_poses(frame.picture, result, track_ids=numbers))
+                self._sink.write(frame, draw_poses(frame.image, result, track_ids=numbers))
             self._lines.write(self._line(frame, result, numbers))
             self.report.frames += 1
             self.report.people += len(result)

@@ -66,7 +66,7 @@ class VideoSink:
         self._time_base = source.time_base
         self._last_pts: int | None = None
         self._matrix = source.colors.matrix if source.colors.matrix in (1, 9) else BT601
-        height, width = first.picture.shape[:2]
+        height, width = first.image.shape[:2]
         self._size = (width + width % 2, height + height % 2)
         container_format = FORMATS[path.suffix.lower()]
         options = {} if container_format == "matroska" else {"movflags": "+faststart"}

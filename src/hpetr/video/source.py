@@ -35,20 +35,20 @@ class Frame:
         index: its number in the source, from 0; numbers that are missing were dropped.
         time: seconds from the start of the source.
         duration: seconds, 0 where the source does not say.
-        picture: (H, W, 3) uint8 RGB, upright.
+        image: (H, W, 3) uint8 RGB, upright.
         sound: packets of the sound tracks that lie before it in the file.
     """
 
     index: int
     time: Fraction
     duration: Fraction
-    picture: np.ndarray
+    image: np.ndarray
     sound: list[av.Packet] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Colors:
-    """How a video's numbers mean colours: FFmpeg's matrix, primaries and transfer; 2 where the video does not say."""
+    """How a video's numbers mean colors: FFmpeg's matrix, primaries and transfer; 2 where the video does not say."""
 
     matrix: int = UNSPECIFIED
     primaries: int = UNSPECIFIED
@@ -111,7 +111,7 @@ class FileSource(Source):
     def __init__(self, text: str, live: bool | None = None, sound: bool = True) -> None:
         name = public_name(text)
         self._container = _open_container(text, name)
-        # A cover picture in a sound file looks like a video of one frame.
+        # A cover image in a sound file looks like a video of one frame.
         videos = [v for v in self._container.streams.video if Disposition.attached_pic not in v.disposition]
         if not videos:
             self._container.close()
@@ -189,8 +189,8 @@ class FileSource(Source):
                 self.colors = Colors(decoded.colorspace, decoded.color_primaries, decoded.color_trc)
             if turns % 2:
                 self.pixel_aspect = 1 / self.pixel_aspect
-        picture = np.ascontiguousarray(np.rot90(decoded.to_ndarray(format="rgb24"), turns))  # counter-clockwise
-        return Frame(index, moment, duration, picture, sound)
+        image = np.ascontiguousarray(np.rot90(decoded.to_ndarray(format="rgb24"), turns))  # counter-clockwise
+        return Frame(index, moment, duration, image, sound)
 
 
 class CameraSource(Source):
@@ -222,7 +222,7 @@ class CameraSource(Source):
 
 def _open_container(text: str, name: str) -> Any:
     remote = is_url(text)
-    # Without TCP a lost packet is a grey picture.
+    # Without TCP a lost packet is a grey image.
     options = {"rtsp_transport": "tcp"} if text.lower().startswith("rtsp") else {}
     try:
         if not remote and Path(text).stat().st_size == 0:

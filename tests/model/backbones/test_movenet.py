@@ -37,7 +37,7 @@ def backbone(features: list[str]) -> MoveNetBackbone:
 
 @torch.inference_mode()
 def test_every_map_on_an_odd_size() -> None:
-    """Cells are ceil(size / stride), and what is right and below of the picture counts as zeros."""
+    """Cells are ceil(size / stride), and what is right and below of the image counts as zeros."""
     network = backbone(list(MAPS))
     pixels = torch.randn(2, 3, 65, 97)
     maps = dict(zip(MAPS, network(pixels).feature_maps, strict=True))
@@ -59,7 +59,7 @@ def test_heads_at_stride_8_are_those_of_stride_4() -> None:
 
 
 @torch.inference_mode()
-def test_half_maps_are_those_of_the_picture_at_half_its_size() -> None:
+def test_half_maps_are_those_of_the_image_at_half_its_size() -> None:
     network = backbone(["heads4", "heads8", "half_heads4", "half_heads8"])
     pixels = torch.randn(1, 3, 128, 192)
     *_, finest, coarser = network(pixels).feature_maps

@@ -33,7 +33,7 @@ def prior_maps(joints: int = 3, height: int = HEIGHT, width: int = WIDTH) -> Pri
 
 
 def grid_of(valid: tuple[int, int] | None = None) -> Grid:
-    """Two levels of 12 x 16 and 6 x 8 tokens, of which `valid` (height, width in cells of the prior) are picture."""
+    """Two levels of 12 x 16 and 6 x 8 tokens, of which `valid` (height, width in cells of the prior) are image."""
     maps = [torch.zeros(1, 8, *shape) for shape in SHAPES]
     if valid is None:
         return make_grid(maps, None)
@@ -70,10 +70,10 @@ def test_joints_of_large_people_snap_from_further_away() -> None:
         torch.testing.assert_close(snapped(maps, pose + 8)[2], torch.tensor([expected, 10.5]))
 
 
-def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
+def test_neighbors_of_the_best_cell_vote_by_their_scores() -> None:
     maps = prior_maps()
     maps.heat[0, 0, 11, 13], maps.heat[0, 0, 12, 14] = 1.0, 0.0
-    maps.heat[0, 0, 11, 15] = 0.5  # no neighbour
+    maps.heat[0, 0, 11, 15] = 0.5  # no neighbor
     maps.offsets[0, 0, 12, 14] = -1.5
     found = snapped(maps, torch.tensor([[13.5, 11.5]] * 3))[0]
     first, second = torch.tensor([1.0, 0.0]).sigmoid()
@@ -81,7 +81,7 @@ def test_neighbours_of_the_best_cell_vote_by_their_scores() -> None:
     torch.testing.assert_close(found, places / (first + second))
 
 
-def test_poses_outside_the_picture_snap_to_its_edge_or_stay() -> None:
+def test_poses_outside_the_image_snap_to_its_edge_or_stay() -> None:
     maps = prior_maps()
     maps.heat[0, 0, 0, 0] = 3.0
     pose = torch.tensor([[-0.6, -0.5], [-90.0, 200.0], [48.0, 12.0]])
@@ -136,7 +136,7 @@ def test_tokens_take_the_best_middle_and_lose_beside_a_better_one() -> None:
 
 
 def test_movenets_heads_become_the_prior() -> None:
-    """Row by row what the heads say, x before y, counted from the cells' centres; one joint of three is none of its."""
+    """Row by row what the heads say, x before y, counted from the cells' centers; one joint of three is none of its."""
     torch.manual_seed(0)
     body = MoveNetBackbone(MoveNetConfig(out_features=["heads4"])).eval()
     prior = PosePrior(HPetrConfig(num_keypoints=3), body.channels[0])
@@ -173,7 +173,7 @@ def proposals(cells: tuple[int, int], head: torch.nn.Module, features: Tensor) -
     return pose * torch.tensor([cells[1] * 8, cells[0] * 8])
 
 
-def test_steps_in_cells_are_the_same_pixels_in_every_picture() -> None:
+def test_steps_in_cells_are_the_same_pixels_in_every_image() -> None:
     """The published steps of logits are not: they depend on place and size, which a small model has to learn."""
     torch.manual_seed(0)
     head, features = torch.nn.Linear(8, 6), torch.randn(8)
@@ -188,7 +188,7 @@ def test_half_extent_has_a_least() -> None:
 
 
 def test_padding_by_a_part_of_a_cell_moves_no_reference() -> None:
-    """Of 27 of 32 cells 13.5 tokens are picture: whole tokens, as published, would stretch it by half a token."""
+    """Of 27 of 32 cells 13.5 tokens are image: whole tokens, as published, would stretch it by half a token."""
     grid = grid_of((20, 27))
     torch.testing.assert_close(grid.cells[0, 0], torch.tensor([2 / 27, 2 / 20]))
     torch.testing.assert_close(grid.valid_ratios[0], torch.tensor([[27 / 32, 20 / 24]] * 2))

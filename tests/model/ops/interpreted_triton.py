@@ -54,7 +54,7 @@ def test_sizes_of_models(queries, heads, width, shapes, points):
 
 
 def test_exact_pixel_coordinates_take_the_reference_side():
-    # every pixel centre, border and corner of maps whose sides are powers of two, where positions are exact, and beyond
+    # every pixel center, border and corner of maps whose sides are powers of two, where positions are exact, and beyond
     steps = torch.arange(-2, 11) / 8
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(1, -1, 1, 1, 1, 2)
     value, shapes, _, weights = make_inputs(1, grid.shape[1], 1, 16, [(4, 2), (1, 1)], 1)

@@ -75,7 +75,7 @@ def test_any_shape_agrees_with_reference(batch, queries, heads, width, shapes, p
 @needs_c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact_pixel_coordinates_take_the_reference_side(dtype):
-    # all sides are powers of two, so the positions are exact: every pixel centre, border and corner, and beyond
+    # all sides are powers of two, so the positions are exact: every pixel center, border and corner, and beyond
     shapes = [(8, 4), (2, 2), (1, 1)]
     steps = torch.arange(-4, 21) / 16
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(1, -1, 1, 1, 1, 2)

@@ -82,7 +82,7 @@ def test_writes_scaled_into_a_slice_and_nowhere_else() -> None:
 
 @needs_c
 def test_nan_stays_where_the_windows_see_it() -> None:
-    """A broken picture must not pass for an empty one."""
+    """A broken image must not pass for an empty one."""
     x = torch.zeros(1, 4, 9, 9)
     x[0, :, 4, 4] = float("nan")
     found = separable(x, convolution(4, 4, 3, groups=4), convolution(4, 3), clamps=(NOTHING, NOTHING))

@@ -66,7 +66,7 @@ class MoveNetConfig(BackboneConfigMixin, PreTrainedConfig):
     `out_features` are names of `MAPS`, finest first: "stem" and "stage1" to "stage7" of the trunk, "top" (its last
     1x1 convolution), "fpn32" to "fpn4" of the pyramid, "heads4" (the pyramid's finest map and the heads' outputs) and
     "heads8" (the same with each 2x2 of cells in one). "half_heads4" and "half_heads8" are "heads4" and "heads8" of the
-    picture at half its size: MoveNet learned people of up to 256 pixels, and finds large ones better there. What none
+    image at half its size: MoveNet learned people of up to 256 pixels, and finds large ones better there. What none
     of them needs is not built.
     """
 

@@ -115,7 +115,7 @@ def deformable_sampling(
 ) -> Tensor:
     """Weighted sum of bilinear samples from feature maps of several scales (the core of deformable attention).
 
-    Maps are read with zeros outside and pixel centres at half-integers (`align_corners=False`): location (x, y) is
+    Maps are read with zeros outside and pixel centers at half-integers (`align_corners=False`): location (x, y) is
     pixel (x * W_l - 0.5, y * H_l - 0.5) of level l. NaN and infinite locations are safe: the kernels in C and Triton
     take them as outside the map.
 
@@ -123,7 +123,7 @@ def deformable_sampling(
         value: (B, S, M, D) tokens of all levels, one after the other, each row by row; M heads of width D.
         spatial_shapes: L pairs (H_l, W_l) of ints, S = sum of H_l * W_l.
         sampling_locations: (B, Q, M, L, P, 2) as (x, y), [0, 1] across the level's map.
-        attention_weights: (B, Q, M, L, P), already normalised.
+        attention_weights: (B, Q, M, L, P), already normalized.
             Each of `value`'s dtype, or float32 where `value` is float16 or bfloat16: half-precision locations miss by
             up to half a pixel on a map 200 wide. The arithmetic is float32 at least.
 

@@ -75,7 +75,7 @@ def _block(tokens, queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     return (batch * queries + query) * HEADS + head, query < queries, batch * tokens * HEADS + head
 
 
-# the number of tokens and queries changes from picture to picture: compile nothing anew for multiples of 16
+# the number of tokens and queries changes from image to image: compile nothing anew for multiples of 16
 @triton.jit(do_not_specialize=["tokens", "queries"])
 def _forward_kernel(
     value_pointer,

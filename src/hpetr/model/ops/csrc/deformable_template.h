@@ -9,7 +9,7 @@
  */
 
 /* Where the points of one query and head fall, TILE points a struct, so that it is filled by vector code. A corner
- * outside its map has weight 0 and stands on its neighbour inside, a token the point reads anyway: no branch in the
+ * outside its map has weight 0 and stands on its neighbor inside, a token the point reads anyway: no branch in the
  * inner loops, and no foreign NaN can leak in. A point wholly outside has inside = 0 and is not read at all. */
 typedef struct {
     int32_t inside[TILE], token[TILE], right[TILE], below[TILE]; /* top left token; steps to right column, lower row */
@@ -108,7 +108,7 @@ static ALWAYS_INLINE void NAME(forward_row)(const NAME(tile) *tiles, const NAME(
     }
 }
 
-/* Tasks are blocks of queries of one picture; all heads of a query come together, as their rows share pages of memory.
+/* Tasks are blocks of queries of one image; all heads of a query come together, as their rows share pages of memory.
  * Returns 0, or 1 when memory is short. */
 int NAME(hpetr_forward)(const problem *p, const VALUE *value, const REAL *loc, const REAL *attn, VALUE *out) {
     const int64_t count = p->levels * p->points, tiles_per_head = (count + TILE - 1) / TILE;
@@ -212,8 +212,8 @@ static void NAME(flush)(REAL *restrict slice, int64_t stride, REAL *restrict den
         for (int64_t d = 0; d < width; d++) slice[t * stride + d] += dense[t * width + d], dense[t * width + d] = 0;
 }
 
-/* Gradients of levels first..last-1 of picture b, head m. With `dense` (room for two (S, D) arrays) it works on a copy
- * of the head's slices: neighbouring tokens are then neighbours in memory, which is faster; and grad_value is summed
+/* Gradients of levels first..last-1 of image b, head m. With `dense` (room for two (S, D) arrays) it works on a copy
+ * of the head's slices: neighboring tokens are then neighbors in memory, which is faster; and grad_value is summed
  * in blocks, which keeps float32 rounding at 1e-7 where thousands of points meet on one token. */
 static void NAME(backward_head)(const problem *p, const level_of_point *levels, int64_t b, int64_t m, int64_t first,
                                 int64_t last, const REAL *grad_out, const REAL *value, const REAL *loc,
@@ -249,7 +249,7 @@ static void NAME(backward_head)(const problem *p, const level_of_point *levels, 
     }
 }
 
-/* grad_value must be zero on entry. A task is one head of one picture (and one level of it when that shares the work
+/* grad_value must be zero on entry. A task is one head of one image (and one level of it when that shares the work
  * better), whose slice of grad_value no other task touches: no race, and the same bits for any number of threads. */
 int NAME(hpetr_backward)(const problem *p, const REAL *grad_out, const REAL *value, const REAL *loc, const REAL *attn,
                          REAL *grad_value, REAL *grad_loc, REAL *grad_attn) {

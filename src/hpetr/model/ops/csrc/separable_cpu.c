@@ -187,16 +187,16 @@ static void pack(product *p, const float *weight, const float *bias) {
     }
 }
 
-/* Row `y` of the depthwise convolution's input, or zeros outside the picture, into `slot`, whose margins are zeros. */
+/* Row `y` of the depthwise convolution's input, or zeros outside the image, into `slot`, whose margins are zeros. */
 static void fill_row(
-    const block *b, const product *expand, const float *picture, int64_t y, float *slot, int64_t channels
+    const block *b, const product *expand, const float *image, int64_t y, float *slot, int64_t channels
 ) {
     float *inside = slot + b->before * channels;
     if (y < 0 || y >= b->height) {
         memset(inside, 0, (size_t)(b->width * channels) * sizeof(float));
         return;
     }
-    const float *x = picture + y * b->width * b->inputs;
+    const float *x = image + y * b->width * b->inputs;
     if (b->expands)
         multiply(expand, x, b->inputs, inside, channels, b->width);
     else
@@ -248,11 +248,11 @@ int hpetr_separable_f32(
             int64_t image = -1, filled = 0; /* rows of `image` before `filled` have been computed */
             for (int64_t r = begin; r < end; r++) {
                 const int64_t y = r % b->out_height * b->stride - b->before;
-                const float *picture = x + r / b->out_height * b->height * b->width * b->inputs;
+                const float *pixels = x + r / b->out_height * b->height * b->width * b->inputs;
                 if (r / b->out_height != image) image = r / b->out_height, filled = y;
                 if (filled < y) filled = y;
                 for (; filled < y + 3; filled++)
-                    fill_row(b, &expand, picture, filled, slots[(filled + 3) % 3], channels);
+                    fill_row(b, &expand, pixels, filled, slots[(filled + 3) % 3], channels);
                 const float *const windows[3] = {slots[(y + 3) % 3], slots[(y + 4) % 3], slots[(y + 5) % 3]};
                 depthwise(b, windows, kernel, kernel + 9 * channels, channels, spatial);
                 float *target = out + r * b->out_width * b->pixel;
@@ -263,7 +263,7 @@ int hpetr_separable_f32(
                     multiply(&project, spatial, channels, target, b->pixel, b->out_width);
                 }
                 if (b->residual) { /* stride 1, and as many channels as the input */
-                    const float *own = picture + r % b->out_height * b->width * b->inputs;
+                    const float *own = pixels + r % b->out_height * b->width * b->inputs;
                     for (int64_t i = 0; i < b->width; i++)
                         for (int64_t c = 0; c < b->inputs; c++) target[i * b->pixel + c] += own[i * b->inputs + c];
                 }

@@ -1,4 +1,4 @@
-"""Pictures of any content."""
+"""Images of any content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mutations import inputs, mutated_bytes, success_or_one_line
 from PIL import Image
 
 from hpetr import InputError
-from hpetr.data.yolo import picture_size
+from hpetr.data.yolo import image_size
 from hpetr.images.read import load_image
 
 FORMATS = {
@@ -33,9 +33,9 @@ FORMATS = {
 
 def encoded(name: str) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (17, 23, 3), dtype=np.uint8)
-    picture = Image.fromarray(np.repeat(np.repeat(pixels, 2, 0), 2, 1))
+    image = Image.fromarray(np.repeat(np.repeat(pixels, 2, 0), 2, 1))
     if name.startswith("palette"):
-        picture = picture.quantize(16)
+        image = image.quantize(16)
     options = dict(FORMATS[name])
     if options.pop("exif", False):
         options["exif"] = Image.Exif()
@@ -43,7 +43,7 @@ def encoded(name: str) -> bytes:
         options["exif"][0x010E] = "description"
     buffer = io.BytesIO()
     suffix = name.rpartition(".")[2]
-    picture.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **options)
+    image.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **options)
     return buffer.getvalue()
 
 
@@ -62,19 +62,19 @@ def mend_checksums(png: bytes) -> bytes:
 @pytest.mark.parametrize("name", FORMATS)
 @inputs(15, 20_000)
 @given(data=st.data())
-def test_pictures(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_images(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{name}"
     content = data.draw(mutated_bytes(encoded(name), 4, first=200))
     path.write_bytes(mend_checksums(content) if name == "mended.png" else content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata
-        with success_or_one_line(f"pictures, {name}"):
-            picture = load_image(path)
-            assert picture.dtype == np.uint8
-            assert picture.ndim == 3
-            assert picture.shape[2] == 3
+        with success_or_one_line(f"images, {name}"):
+            image = load_image(path)
+            assert image.dtype == np.uint8
+            assert image.ndim == 3
+            assert image.shape[2] == 3
             # What only looks at a header must not disagree with what decodes.
-            assert picture_size(path) == (picture.shape[1], picture.shape[0])
+            assert image_size(path) == (image.shape[1], image.shape[0])
 
 
 @inputs(8, 5_000)
@@ -82,5 +82,5 @@ def test_pictures(name: str, data: st.DataObject, tmp_path_factory: pytest.TempP
 def test_other_files(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path: Path = tmp_path_factory.getbasetemp() / "other.jpg"
     path.write_bytes(content)
-    with success_or_one_line("pictures, bytes at random"), pytest.raises(InputError):
+    with success_or_one_line("images, bytes at random"), pytest.raises(InputError):
         load_image(path)

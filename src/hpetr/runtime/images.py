@@ -1,4 +1,4 @@
-"""Reading pictures with OpenCV alone, where Pillow is not installed."""
+"""Reading images with OpenCV alone, where Pillow is not installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 START_OF_IMAGE, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", 0xDA, b"\xff\xd9"
 
 
-def read_picture(source: ImageSource) -> np.ndarray:
-    """A picture as RGB, EXIF orientation applied, as `hpetr.data.load_image` reads JPEG and PNG files.
+def read_image(source: ImageSource) -> np.ndarray:
+    """An image as RGB, EXIF orientation applied, as `hpetr.data.load_image` reads JPEG and PNG files.
 
     Args:
         source: path, encoded bytes, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) RGB of uint8 or uint16.
@@ -27,7 +27,7 @@ def read_picture(source: ImageSource) -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        InputError: missing, empty, truncated, not a picture that OpenCV can read, or of an unsupported type.
+        InputError: missing, empty, truncated, not an image that OpenCV can read, or of an unsupported type.
     """
     if isinstance(source, np.ndarray):
         return rgb_of_array(source)
@@ -41,12 +41,12 @@ def read_picture(source: ImageSource) -> np.ndarray:
             return _decode(file.read(), name)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{name}: cannot be read ({reason}), expected a picture") from error
+        raise InputError(f"{name}: cannot be read ({reason}), expected an image") from error
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
     if data.startswith(START_OF_IMAGE) and not _jpeg_ends(data):  # OpenCV would fill what is missing with grey
-        raise InputError(f"{name}: the picture is truncated")
+        raise InputError(f"{name}: the image is truncated")
     encoded = np.frombuffer(data, np.uint8)
     try:
         # As stored, without rotation, to see whether there are 16 bits or an alpha channel.
@@ -57,14 +57,14 @@ def _decode(data: bytes, name: str) -> np.ndarray:
             return rgb_of_array(stored if stored.ndim == 2 else cv2.cvtColor(stored, cv2.COLOR_BGR2RGB))
         upright = None if stored is None else cv2.imdecode(encoded, cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise InputError(f"{name}: the picture is truncated or broken") from error
+        raise InputError(f"{name}: the image is truncated or broken") from error
     if upright is None:
-        raise InputError(f"{name}: is not a picture that OpenCV can read")
+        raise InputError(f"{name}: is not an image that OpenCV can read")
     return cv2.cvtColor(upright, cv2.COLOR_BGR2RGB)
 
 
 def _jpeg_ends(data: bytes) -> bool:
-    """Whether the end of the picture is there; a thumbnail in the header has an end of its own."""
+    """Whether the end of the image is there; a thumbnail in the header has an end of its own."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
