@@ -26,3 +26,12 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     """What an error about an unknown name ends with: "did you mean 'epochs'?", or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an exception's message, for errors of one line.
+
+    Of an `OSError` it is the reason alone ("Permission denied"), of an exception without a message its class's name.
+    """
+    message = str(getattr(error, "strerror", None) or error)
+    return next((line.strip() for line in message.splitlines() if line.strip()), type(error).__name__)

@@ -32,7 +32,7 @@ def predict_batch_flipped(
     plain = predict_batch(model, processor, images, threshold)
     mirrored = predict_batch(model, processor, [np.ascontiguousarray(p[:, ::-1]) for p in images], threshold)
     most = model.config.num_poses
-    return [_take(merge_poses(a, mirror_poses(b)), slice(most)) for a, b in zip(plain, mirrored, strict=True)]
+    return [merge_poses(a, mirror_poses(b))[:most] for a, b in zip(plain, mirrored, strict=True)]
 
 
 def mirror_poses(result: PoseResult) -> PoseResult:
@@ -57,7 +57,7 @@ def merge_poses(first: PoseResult, second: PoseResult) -> PoseResult:
         labels=np.concatenate([first.labels, second.labels]),
     )
     kept, scores = soft_nms(both.boxes, both.scores, both.labels)
-    return replace(_take(both, kept), scores=scores)
+    return replace(both[kept], scores=scores)
 
 
 def soft_nms(
@@ -98,14 +98,3 @@ def soft_nms(
         left = np.where(touched, left * (1 - iou), left)
         waiting &= left >= min_score
     return np.array(kept, dtype=np.int64), np.array(kept_scores, dtype=np.float32)
-
-
-def _take(result: PoseResult, chosen: np.ndarray | slice) -> PoseResult:
-    return replace(
-        result,
-        keypoints=result.keypoints[chosen],
-        keypoint_scores=result.keypoint_scores[chosen],
-        scores=result.scores[chosen],
-        boxes=result.boxes[chosen],
-        labels=result.labels[chosen],
-    )

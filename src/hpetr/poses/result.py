@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import supervision as sv
 
     from hpetr.images.read import ImageSource
+
+# Fields with an entry for each pose.
+POSE_FIELDS = ("keypoints", "keypoint_scores", "scores", "boxes", "labels")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class PoseResult:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __getitem__(self, chosen: int | slice | Sequence[int] | np.ndarray) -> PoseResult:
+        """Return the chosen poses, in the given order, as a result.
+
+        Args:
+            chosen: index, slice, boolean mask (n,) or array of indices.
+        """
+        if isinstance(chosen, int | np.integer):
+            chosen = [int(chosen)]
+        return replace(self, **{name: getattr(self, name)[chosen] for name in POSE_FIELDS})
 
     def to_supervision(self) -> sv.KeyPoints:
         """The same poses for supervision's annotators and trackers, with a confidence for each keypoint and pose."""

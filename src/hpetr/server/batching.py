@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 import numpy as np
@@ -201,10 +201,4 @@ class Batcher:
                 job.future.set_exception(error)
             return
         for (job, _), result in zip(group, results, strict=True):
-            job.future.set_result(_above(result, job.threshold))
-
-
-def _above(result: PoseResult, threshold: float) -> PoseResult:
-    kept = result.scores > threshold  # (n,)
-    names = ("keypoints", "keypoint_scores", "scores", "boxes", "labels")
-    return replace(result, **{name: getattr(result, name)[kept] for name in names})
+            job.future.set_result(result[result.scores > job.threshold])

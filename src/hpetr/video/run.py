@@ -8,12 +8,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import numpy as np
 
 from hpetr.errors import InputError
 from hpetr.images.files import check_writable
@@ -239,7 +237,7 @@ class _VideoWork:
             if self._tracker is not None:
                 numbers = self._tracker.update(result, float(frame.time))
                 known = numbers != UNTRACKED
-                result, numbers = _select(result, known), numbers[known]
+                result, numbers = result[known], numbers[known]
                 if self._smoother is not None:
                     result = self._smoother.update(result, numbers, float(frame.time))
             if self._options.draw:
@@ -278,12 +276,6 @@ class _VideoWork:
         report.tracks = None if self._tracker is None else self._tracker.count
         report.dropped, report.undecodable, report.damaged = frames.dropped, source.undecodable, source.damaged
         report.expected, report.fault, report.interrupted = source.expected, source.fault, interrupted
-
-
-def _select(result: PoseResult, kept: np.ndarray) -> PoseResult:
-    """The poses that a mask (n,) keeps."""
-    fields = ("keypoints", "keypoint_scores", "scores", "boxes", "labels")
-    return replace(result, **{name: getattr(result, name)[kept] for name in fields})
 
 
 class _Interruption:
