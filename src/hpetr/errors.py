@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -35,3 +36,18 @@ def first_line(error: BaseException) -> str:
     """
     message = str(getattr(error, "strerror", None) or error)
     return next((line.strip() for line in message.splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def needs_extra(extra: str, feature: str) -> Iterator[None]:
+    """Turn the failure of an import inside the block into an `InputError` that names the extra to install.
+
+    Args:
+        extra: name in pyproject.toml's optional dependencies, such as "video".
+        feature: the command, file or option that needs it, the first word of the error.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        install = f'pip install -c constraints.txt ".[{extra}]"'
+        raise InputError(f"{feature}: the package {error.name} is missing, expected after {install}") from error
