@@ -18,7 +18,7 @@ from hpetr.checkpoints.folder import load_checkpoint, save_checkpoint
 from hpetr.images.files import output_names, write_json
 from hpetr.images.read import load_image
 from hpetr.inference.files import find_images
-from hpetr.poses.draw import draw_poses, line_width, person_color
+from hpetr.poses.draw import line_width, person_color
 from hpetr.poses.skeleton import COCO
 from paths import EXAMPLES
 
@@ -167,12 +167,12 @@ def test_joints_below_the_threshold_and_their_limbs_are_not_drawn() -> None:
 
 
 def test_every_person_has_its_own_color_in_rgb() -> None:
-    colors = {person_color(index).as_hex() for index in range(60)}
+    colors = {person_color(index) for index in range(60)}
     assert len(colors) == 60
     result = made_result(1)
-    drawn = draw_poses(np.zeros((200, 300, 3), np.uint8), result)
+    drawn = result.draw(np.zeros((200, 300, 3), np.uint8))
     color = person_color(0)
-    assert ((drawn == (color.r, color.g, color.b)).all(-1)).sum() > 100
+    assert (drawn == color).all(-1).sum() > 100
 
 
 def test_lines_grow_with_person_and_image() -> None:

@@ -1,93 +1,131 @@
-"""Poses drawn on an image: one color a person, lines as thick as person and image are large."""
+"""Drawing of poses on images, in place or on a copy."""
 
 from __future__ import annotations
 
 import colorsys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import cv2
 import numpy as np
-import supervision as sv
 
-if TYPE_CHECKING:
-    from hpetr.poses.result import PoseResult
+Color: TypeAlias = tuple[int, int, int]
 
-OUTLINE = sv.Color(20, 20, 20)
-# Neighboring ranks get hues this far apart, and no two of many people the same one.
+OUTLINE: Color = (20, 20, 20)
+# Limbs between keypoints of different colors.
+MIDDLE: Color = (255, 235, 80)
+# Hues of neighboring ranks differ by this share of the circle, and those of all ranks from each other.
 GOLDEN_RATIO = 0.618034
 
 
 def draw_poses(
-    image: np.ndarray, result: PoseResult, keypoint_threshold: float = 0.3, track_ids: np.ndarray | None = None
+    image: np.ndarray,
+    keypoints: np.ndarray,
+    keypoint_scores: np.ndarray,
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    edges: Sequence[tuple[int, int]],
+    keypoint_threshold: float = 0.3,
+    track_ids: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A copy of the image with limbs, joints and the score of every pose; the best pose is drawn on top.
+    """Draw limbs, keypoints and the score of n poses on a copy of the image, the first pose on top.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        result: poses in this image's pixels.
-        keypoint_threshold: keypoints with a lower score, and the limbs that end there, are left out.
-        track_ids: (n,) numbers of people in a video: they choose the colors and stand before the scores.
+        keypoints: (n, K, 2) pixels.
+        keypoint_scores: (n, K).
+        scores: (n,).
+        boxes: (n, 4) xyxy pixels: they set the line widths and the places of the scores.
+        edges: pairs of keypoint indices.
+        keypoint_threshold: keypoints with a lower score and their limbs are left out.
+        track_ids: (n,) numbers of the persons in a video, which choose the colors and precede the scores.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    numbers = range(len(result)) if track_ids is None else [int(number) for number in track_ids]
-    colors = [person_color(number) for number in numbers]
-    labels = [f"{score:.2f}" for score in result.scores]
+    scene = image.copy()
+    labels = [f"{score:.2f}" for score in scores]
+    ids = range(len(scores)) if track_ids is None else track_ids.tolist()
     if track_ids is not None:
-        labels = [f"{number}: {label}" for number, label in zip(numbers, labels, strict=True)]
-    scene = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)  # supervision paints in OpenCV's channel order
-    order = range(len(result) - 1, -1, -1)
-    for index in order:
-        _draw_person(scene, result, index, colors[index], keypoint_threshold)
-    for index in order:
-        _draw_label(scene, result.boxes[index], labels[index], colors[index])
-    return cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)
+        labels = [f"{number}: {label}" for number, label in zip(ids, labels, strict=True)]
+    colors = [person_color(number) for number in ids]
+    shown = keypoint_scores >= keypoint_threshold  # (n, K)
+    for index in reversed(range(len(scores))):
+        width = line_width(boxes[index], scene.shape)
+        joint_colors = [colors[index]] * len(shown[index])
+        draw_person(scene, keypoints[index].round(), shown[index], edges, joint_colors, width)
+    for index in reversed(range(len(scores))):
+        _draw_label(scene, boxes[index], labels[index], colors[index])
+    return scene
 
 
-def person_color(index: int) -> sv.Color:
-    """A bright color for the person of this rank or track."""
+def draw_person(
+    scene: np.ndarray,
+    xy: np.ndarray,
+    shown: np.ndarray,
+    edges: Sequence[tuple[int, int]],
+    colors: Sequence[Color],
+    width: int,
+    *,
+    radius: int | None = None,
+    hollow: np.ndarray | None = None,
+) -> None:
+    """Draw the limbs and keypoints of one person in place, with a dark rim.
+
+    Args:
+        scene: (H, W, 3) uint8, its channels in the order of the colors.
+        xy: (K, 2) pixels; decimals are cut off.
+        shown: (K,) bool: the keypoints to draw, with the limbs that connect two of them.
+        edges: pairs of keypoint indices.
+        colors: of the K keypoints; limbs between two colors are drawn in `MIDDLE`.
+        width: of limbs, in pixels.
+        radius: of keypoints, in pixels; None means 1.4 widths.
+        hollow: (K,) bool: keypoints to draw as rings.
+    """
+    points = [(int(x), int(y)) for x, y in xy]
+    radius = round(1.4 * width) if radius is None else radius
+    limbs = [(a, b) for a, b in edges if shown[a] and shown[b]]
+    rim = max(1, width // 2)
+    # The dark pass below keeps every color readable on every background.
+    for a, b in limbs:
+        cv2.line(scene, points[a], points[b], OUTLINE, width + 2 * rim)
+    for index in np.flatnonzero(shown):
+        cv2.circle(scene, points[index], radius + rim, OUTLINE, cv2.FILLED)
+    for a, b in limbs:
+        cv2.line(scene, points[a], points[b], colors[a] if colors[a] == colors[b] else MIDDLE, width)
+    for index in np.flatnonzero(shown):
+        if hollow is not None and hollow[index]:
+            cv2.circle(scene, points[index], radius, OUTLINE, cv2.FILLED)
+            cv2.circle(scene, points[index], radius, colors[index], 1)
+        else:
+            cv2.circle(scene, points[index], radius, colors[index], cv2.FILLED)
+
+
+def person_color(index: int) -> Color:
+    """Return a bright RGB color for the person of this rank or track."""
     lightness = (0.55, 0.68, 0.45)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(index * GOLDEN_RATIO % 1, lightness, 0.95)
-    return sv.Color(round(red * 255), round(green * 255), round(blue * 255))
+    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def line_width(box: np.ndarray, image_shape: tuple[int, ...]) -> int:
-    """Pixels: grows with the person, box (4,) xyxy, and with the image, and never covers a small person."""
+    """Return the width of limbs in pixels: it grows with the person's box (4,) xyxy and with the image."""
     person = float(max(box[2] - box[0], box[3] - box[1]))
     image = float(max(image_shape[:2]))
     return max(1, round(min(0.012 * person + 0.0015 * image, 0.008 * image)))
 
 
-def _draw_person(
-    scene: np.ndarray, result: PoseResult, index: int, own_color: sv.Color, keypoint_threshold: float
-) -> None:
-    person = sv.KeyPoints(
-        xy=result.keypoints[index : index + 1].round().astype(np.float32),  # the annotators cut decimals off
-        keypoint_confidence=result.keypoint_scores[index : index + 1],
-        visible=result.keypoint_scores[index : index + 1] >= keypoint_threshold,
-    )
-    width = line_width(result.boxes[index], scene.shape)
-    edges = [(first + 1, second + 1) for first, second in result.skeleton.edges]  # supervision counts from 1
-    # A dark pass below the colored one keeps every hue readable on every background.
-    rim = max(1, width // 2)
-    for color, extra in ((OUTLINE, rim), (own_color, 0)):
-        if edges:
-            sv.EdgeAnnotator(color, thickness=width + 2 * extra, edges=edges).annotate(scene, person)
-        sv.VertexAnnotator(color, radius=round(1.4 * width) + extra).annotate(scene, person)
-
-
-def _draw_label(scene: np.ndarray, person_box: np.ndarray, text: str, color: sv.Color) -> None:
-    """The score on the person's color, above the box where there is room, and inside the image."""
+def _draw_label(scene: np.ndarray, box: np.ndarray, text: str, color: Color) -> None:
+    """Draw a text in a box of the person's color, above the person if there is room, and inside the image."""
     height, width = scene.shape[:2]
     scale = min(1.5, max(0.35, 0.0007 * max(height, width)))
     thickness = max(1, round(scale * 1.5))
     (text_width, text_height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
     pad = max(2, round(4 * scale))
-    x = int(np.clip(person_box[0], 0, max(0, width - text_width - 2 * pad)))
-    above = person_box[1] - line_width(person_box, scene.shape) - pad
-    y = int(np.clip(above, text_height + 2 * pad, height - 1))  # baseline of the label's box
-    cv2.rectangle(scene, (x, y - text_height - 2 * pad), (x + text_width + 2 * pad, y), color.as_bgr(), cv2.FILLED)
-    luminance = 0.299 * color.r + 0.587 * color.g + 0.114 * color.b
+    x = int(np.clip(box[0], 0, max(0, width - text_width - 2 * pad)))
+    above = box[1] - line_width(box, scene.shape) - pad
+    bottom = int(np.clip(above, text_height + 2 * pad, height - 1))
+    cv2.rectangle(scene, (x, bottom - text_height - 2 * pad), (x + text_width + 2 * pad, bottom), color, cv2.FILLED)
+    luminance = np.dot(color, (0.299, 0.587, 0.114))
     ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)
-    cv2.putText(scene, text, (x + pad, y - pad), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, lineType=cv2.LINE_AA)
+    cv2.putText(scene, text, (x + pad, bottom - pad), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, cv2.LINE_AA)

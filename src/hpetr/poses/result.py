@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpetr.errors import InputError
+from hpetr.poses.draw import draw_poses
 from hpetr.poses.skeleton import COCO, Skeleton
 
 if TYPE_CHECKING:
@@ -145,12 +146,18 @@ class PoseResult:
             )
         return poses
 
-    def draw(self, image: ImageSource | None = None, keypoint_threshold: float = 0.3) -> np.ndarray:
-        """A copy of the image with the poses drawn on it.
+    def draw(
+        self,
+        image: ImageSource | None = None,
+        keypoint_threshold: float = 0.3,
+        track_ids: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Draw the poses on a copy of the image.
 
         Args:
             image: the image; None reads it again from `path`.
-            keypoint_threshold: keypoints with a lower score, and the limbs that end there, are left out.
+            keypoint_threshold: keypoints with a lower score and their limbs are left out.
+            track_ids: (n,) numbers of the persons in a video, which choose the colors and precede the scores.
 
         Returns:
             (H, W, 3) uint8 RGB.
@@ -159,7 +166,6 @@ class PoseResult:
             InputError: there is no image to draw on, or it has another size than the one predicted on.
         """
         from hpetr.images.read import load_image
-        from hpetr.poses.draw import draw_poses
 
         source = self.path if image is None else image
         if source is None:
@@ -169,7 +175,8 @@ class PoseResult:
             raise InputError(
                 f"draw: the image is {canvas.shape[:2]} (height, width), expected the predicted one's {self.image_size}"
             )
-        return draw_poses(canvas, self, keypoint_threshold)
+        poses = self.keypoints, self.keypoint_scores, self.scores, self.boxes
+        return draw_poses(canvas, *poses, self.skeleton.edges, keypoint_threshold, track_ids)
 
 
 def _or_ones(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -24,7 +24,6 @@ from hpetr.images.files import write_bytes
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
-from hpetr.poses.draw import draw_poses
 from hpetr.poses.result import PoseResult
 from hpetr.training.data import open_data
 from hpetr.training.recipe import Recipe, load_recipe, recipe_yaml
@@ -128,7 +127,7 @@ def draw_samples(
             sample = dataset[index]
             found = predict_batch(model, processor, [sample.image], limit)[0]
             labelled = _labels_as_result(sample, found)
-            halves = [_shrink(draw_poses(sample.image, poses)) for poses in (labelled, found)]
+            halves = [_shrink(poses.draw(sample.image)) for poses in (labelled, found)]
             gap = np.full((len(halves[0]), GAP, 3), 128, np.uint8)
             counts = f"{len(labelled)} labelled, {len(found)} found with a score above {limit:g}"
             samples.append((f"{sample.path.name}: {counts}", np.hstack([halves[0], gap, halves[1]])))
