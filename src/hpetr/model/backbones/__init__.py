@@ -1,5 +1,5 @@
-"""Backbones of our own. Importing this package registers them with transformers' Auto classes."""
+"""Backbones that transformers lacks. Importing this package registers them with transformers' Auto classes."""
 
-from hpetr.model.backbones import efficientnet_lite, movenet
+from hpetr.model.backbones import movenet
 
-__all__ = ["efficientnet_lite", "movenet"]
+__all__ = ["movenet"]

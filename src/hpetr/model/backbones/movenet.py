@@ -1,8 +1,8 @@
-"""MoveNet MultiPose's network as a transformers backbone: a trunk that has learned poses, light enough for a CPU.
+"""MoveNet MultiPose Lightning (Google, Apache-2.0) as a transformers backbone, light enough for a CPU.
 
-Google's MoveNet MultiPose Lightning (Apache-2.0) is MobileNetV2 at 1.5 times its width, a feature pyramid that ends at
-stride 4, and six heads of CenterNet's kind. Its released weights have the batch norms folded into the convolutions.
-Its pixels are (RGB - 127.5) / 127.5: image_mean = image_std = (0.5, 0.5, 0.5) of pixels in 0 ... 1.
+The network is MobileNetV2 at 1.5 times its width, a feature pyramid that ends at stride 4, and six heads in the style
+of CenterNet. In the released weights, the batch norms are folded into the convolutions. Pixels are
+(RGB - 127.5) / 127.5: image_mean = image_std = (0.5, 0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from hpetr.model.backbones.efficientnet_lite import AlignedConv2d
-from hpetr.model.ops.separable import NOTHING, RELU, separable, takes
+from hpetr.model.ops.separable import NOTHING, RELU, is_supported, separable
 
-# (blocks, stride of the first block, expansion, output channels), one row a stage
+# Blocks, stride of the first block, expansion and output channels of each stage.
 STAGES = ((1, 1, 1, 24), (2, 2, 6, 40), (3, 2, 6, 48), (4, 2, 6, 96), (3, 1, 6, 144), (3, 2, 6, 240), (1, 1, 6, 480))
 STEM_CHANNELS = 48
 TOP_CHANNELS = 1280
-# The pyramid's levels from stride 32 down to 4: source, channels of its 1x1 convolution, channels after smoothing.
+# Levels of the pyramid, from stride 32 down to 4: source, channels of its 1x1 convolution, channels after smoothing.
 PYRAMID = (("top", 64, 64), ("stage4", 64, 32), ("stage3", 32, 24), ("stage2", 24, 24))
 HEAD_WIDTH = 96
-# Output channels of each head, and by what they are multiplied in the maps: on photographs they then vary about as much
-# as the pyramid's channels do (standard deviation 0.2 to 0.6). Distances in cells and logits would drown them: 9 and 2.
+# Output channels of each head, and the factor of its outputs. The factors bring the standard deviation on photographs
+# to that of the pyramid's channels, 0.2 to 0.6; without them it is 9 for distances in cells and 2 for logits.
 HEADS = {
     "box_offset": (2, 2.0),
     "box_scale": (2, 0.05),
@@ -37,7 +36,7 @@ HEADS = {
     "regress": (34, 0.125),
 }
 HEAD_CHANNELS = PYRAMID[-1][2] + sum(channels for channels, _ in HEADS.values())
-# Name, stride and channels of everything that can be asked for, finest first.
+# Stride and channels of every map, finest first.
 MAPS = {
     "stem": (2, STEM_CHANNELS),
     "stage1": (2, 24),
@@ -63,11 +62,11 @@ FPN = ("fpn32", "fpn16", "fpn8", "fpn4")
 class MoveNetConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of MoveNet MultiPose.
 
-    `out_features` are names of `MAPS`, finest first: "stem" and "stage1" to "stage7" of the trunk, "top" (its last
-    1x1 convolution), "fpn32" to "fpn4" of the pyramid, "heads4" (the pyramid's finest map and the heads' outputs) and
-    "heads8" (the same with each 2x2 of cells in one). "half_heads4" and "half_heads8" are "heads4" and "heads8" of the
-    image at half its size: MoveNet learned people of up to 256 pixels, and finds large ones better there. What none
-    of them needs is not built.
+    `out_features` are names of `MAPS`, finest first; the network has only the parts that they need. "stem", "stage1" to
+    "stage7" and "top", its last 1x1 convolution, are of the trunk, "fpn4" to "fpn32" of the pyramid. "heads4" is the
+    pyramid's finest map followed by the outputs of the heads, "heads8" is "heads4" with each 2x2 cells joined into one.
+    "half_heads4" and "half_heads8" are those of the image at half its size: MoveNet was trained on people of up to 256
+    pixels, and finds larger ones better there.
     """
 
     model_type = "movenet"
@@ -83,24 +82,37 @@ class MoveNetConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+class AlignedConv2d(nn.Conv2d):
+    """A 3x3 convolution of stride 2 that pads even sizes below and to the right alone, like TensorFlow's "SAME"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # a traced graph must fit all sizes
+        if eager and self.groups > 1 and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0:
+            # Padding the kernel instead of the input saves a copy: 10% of a small network's time on a CPU. Not in
+            # training: torch's backward pass of an even kernel takes up to 3 times as long.
+            return F.conv2d(x, F.pad(self.weight, (1, 0, 1, 0)), self.bias, 2, 1, 1, self.groups)
+        return F.conv2d(F.pad(x, (0, 2, 0, 2)), self.weight, self.bias, 2, 0, 1, self.groups)
+
+
 def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, bias: bool = True) -> nn.Conv2d:
+    """Return a convolution whose output has ceil(size / stride) cells."""
     conv_class = nn.Conv2d if stride == 1 else AlignedConv2d
     return conv_class(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
-def _cells_together(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, 4 C, H / 2, W / 2): the channels of each 2x2 cells after one another, row by row.
+def _join_cells(x: Tensor) -> Tensor:
+    """Join each 2x2 cells of a map (B, C, H, W), row by row, into one: (B, 4 C, H / 2, W / 2).
 
-    Of a channels-last map this copies long runs: 2 ms where F.pixel_unshuffle, with the same channels in another order,
-    takes 22 ms (690 channels of 72 x 96 cells, one core).
+    On a channels-last map of 690 channels and 72 x 96 cells this takes 2 ms on one core, and F.pixel_unshuffle, which
+    orders the channels in another way, 22 ms.
     """
     batch, channels, height, width = x.shape
     cells = x.permute(0, 2, 3, 1).reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
     return cells.reshape(batch, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)
 
 
-def _padded(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) with zeros to the right and below, to multiples of 32."""
+def _pad(pixels: Tensor) -> Tensor:
+    """Pad pixels (B, 3, H, W) with zeros to the right and below, to multiples of 32."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % 32, 0, -height % 32)) if height % 32 or width % 32 else pixels
 
@@ -118,7 +130,7 @@ class InvertedResidual(nn.Module):
         self.activation = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.expand is not None and takes(x, self.expand, self.depthwise, self.project):
+        if self.expand is not None and is_supported(x, self.expand, self.depthwise, self.project):
             return separable(x, self.depthwise, self.project, expand=self.expand, residual=self.residual)
         y = x if self.expand is None else self.activation(self.expand(x))
         y = self.project(self.activation(self.depthwise(y)))
@@ -134,13 +146,13 @@ class SeparableConv(nn.Module):
         self.pointwise = _conv(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes(x, self.depthwise, self.pointwise):
+        if is_supported(x, self.depthwise, self.pointwise):
             return separable(x, self.depthwise, self.pointwise, clamps=(NOTHING, RELU))
         return F.relu_(self.pointwise(self.depthwise(x)))
 
 
 class Pyramid(nn.Module):
-    """Maps of the trunk to maps of strides 32 to 4, each the coarser one's, twice as large, plus the trunk's."""
+    """Maps of strides 32 to 4: the next coarser one, enlarged twice, plus the trunk's of the same stride."""
 
     def __init__(self, levels: int):
         super().__init__()
@@ -151,34 +163,29 @@ class Pyramid(nn.Module):
     def forward(self, trunk: dict[str, Tensor]) -> dict[str, Tensor]:
         x = self.lateral[0](trunk[self.sources[0]])
         maps = {FPN[0]: x}
-        for name, source, lateral, smooth in zip(
-            FPN[1:], self.sources[1:], self.lateral[1:], self.smooth, strict=False
-        ):
-            beside = lateral(trunk[source])  # twice as large
+        for number, smooth in enumerate(self.smooth, 1):
+            beside = self.lateral[number](trunk[self.sources[number]])  # twice as large
             x = smooth(beside + F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=False))
-            maps[name] = x
+            maps[FPN[number]] = x
         return maps
 
 
 class Head(nn.Module):
-    """A separable convolution to 96 channels, then 1x1 to the outputs."""
+    """A separable convolution to 96 channels, then a 1x1 convolution to the outputs."""
 
     def __init__(self, outputs: int):
         super().__init__()
         self.hidden = SeparableConv(PYRAMID[-1][2], HEAD_WIDTH)
         self.output = _conv(HEAD_WIDTH, outputs)
 
-    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
-        return self.hidden.depthwise, self.hidden.pointwise, self.output
-
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.hidden(x))
 
 
 class MoveNetBackbone(BackboneMixin, PreTrainedModel):
-    """Maps pixel values (B, 3, H, W) to the feature maps of `config.out_features`, of ceil(size / stride) cells.
+    """Map pixel values (B, 3, H, W) to the maps of `config.out_features`, each of ceil(size / stride) cells.
 
-    Sizes that are no multiple of 32 are padded with zeros to the right and bottom, and the maps are cut.
+    Pixels are padded with zeros to multiples of 32, and the maps are cut.
     """
 
     config_class = MoveNetConfig
@@ -207,63 +214,51 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
         self.heads = nn.ModuleDict({name: Head(n) for name, (n, _) in HEADS.items()} if heads else {})
         self.post_init()
 
-    def _trunk(self, pixels: Tensor) -> dict[str, Tensor]:
-        x = self.activation(self.stem(pixels))
-        maps = {"stem": x}
-        for number, stage in enumerate(self.stages, 1):
-            x = stage(x)
-            maps[f"stage{number}"] = x
-        if self.top is not None:
-            maps["top"] = self.activation(self.top(x))
-        return maps
-
     def _heads(self, finest: Tensor) -> Tensor:
-        """The pyramid's finest map (B, C, H, W) and all heads' outputs, scaled, one after the other."""
+        """Return the pyramid's finest map (B, C, H, W) followed by the scaled outputs of all heads."""
         heads = cast("dict[str, Head]", dict(self.heads.items()))
-        if not takes(finest, *(conv for head in heads.values() for conv in head.convolutions())):
+        convolutions = {name: (h.hidden.depthwise, h.hidden.pointwise, h.output) for name, h in heads.items()}
+        if not is_supported(finest, *(conv for one in convolutions.values() for conv in one)):
             return torch.cat([finest, *(head(finest) * HEADS[name][1] for name, head in heads.items())], 1)
-        batch, channels, height, width = finest.shape
+        batch, end, height, width = finest.shape
         joined = finest.new_empty(batch, height, width, HEAD_CHANNELS)
-        joined[..., :channels] = finest.permute(0, 2, 3, 1)
-        for name, head in heads.items():
-            outputs, scale = HEADS[name]
-            depthwise, pointwise, output = head.convolutions()
-            slot = joined[..., channels : channels + outputs]
+        joined[..., :end] = finest.permute(0, 2, 3, 1)
+        for name, (depthwise, pointwise, output) in convolutions.items():
+            start, end = end, end + HEADS[name][0]
+            slot, scale = joined[..., start:end], HEADS[name][1]
             separable(finest, depthwise, pointwise, last=output, clamps=(NOTHING, RELU), scale=scale, out=slot)
-            channels += outputs
         return joined.permute(0, 3, 1, 2)
 
     def _maps(self, pixels: Tensor) -> dict[str, Tensor]:
-        """All maps of pixels (B, 3, H, W), of multiples of 32."""
-        maps = self._trunk(pixels)
+        """Return all maps of pixels (B, 3, H, W), whose sides are multiples of 32."""
+        x = self.activation(self.stem(pixels))
+        maps = {"stem": x}
+        for number, stage in enumerate(self.stages, 1):
+            x = maps[f"stage{number}"] = stage(x)
+        if self.top is not None:
+            maps["top"] = self.activation(self.top(x))
         if self.pyramid is not None:
             maps |= self.pyramid(maps)
         if len(self.heads):
             maps["heads4"] = self._heads(maps["fpn4"])
-            maps["heads8"] = _cells_together(maps["heads4"])
+            maps["heads8"] = _join_cells(maps["heads4"])
         return maps
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BackboneOutput:
-        """The maps of `config.out_features`; the other arguments are transformers' and have no effect here."""
+    def forward(self, pixel_values: Tensor, *args: object, **kwargs: object) -> BackboneOutput:
+        """Return the maps of `config.out_features`; the other arguments are transformers' and have no effect."""
         height, width = pixel_values.shape[-2:]
-        pixels = _padded(pixel_values.contiguous(memory_format=torch.channels_last))
+        pixels = _pad(pixel_values.contiguous(memory_format=torch.channels_last))
         maps = self._maps(pixels)
         if any(name.startswith("half_") for name in self.out_features):
-            # The mean of each 2x2 pixels, in a third of avg_pool2d's time.
+            # The mean of each 2x2 pixels, in a third of the time that avg_pool2d takes.
             half = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", align_corners=False)
-            half_maps = self._maps(_padded(half))
-            maps |= {f"half_{name}": half_maps[name] for name in ("heads4", "heads8")}
-        wanted = [maps[name] for name in self.out_features]
-        strides = [MAPS[name][0] for name in self.out_features]
-        # Not -(-height // s): an export's quotients of negative numbers are rounded to zero.
-        ends = [((height + s - 1) // s, (width + s - 1) // s) for s in strides]
-        wanted = [x[..., :h, :w] for x, (h, w) in zip(wanted, ends, strict=True)]
+            maps |= {f"half_{name}": x for name, x in self._maps(_pad(half)).items()}
+        wanted = []
+        for name in self.out_features:
+            stride = MAPS[name][0]
+            # Not -(-height // stride): an exported graph rounds quotients of negative numbers to zero.
+            rows, columns = ((side + stride - 1) // stride for side in (height, width))
+            wanted.append(maps[name][..., :rows, :columns])
         return BackboneOutput(feature_maps=cast("tuple[Tensor]", tuple(wanted)))
 
 

@@ -31,7 +31,7 @@ class _Block(ctypes.Structure):
     )
 
 
-def takes(x: Tensor, *convolutions: nn.Conv2d | None) -> bool:
+def is_supported(x: Tensor, *convolutions: nn.Conv2d | None) -> bool:
     """Whether `separable` can run on x (B, C, H, W) with these convolutions, and no gradient is asked for."""
     weights = [conv.weight for conv in convolutions if conv is not None]
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or torch.is_autocast_enabled("cpu"):
@@ -57,7 +57,7 @@ def separable(
     scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[`expand` and ReLU6,] `depthwise` 3x3, `project` 1x1 [, `last` 1x1] [+ x], where `takes` says that it can.
+    """[`expand` and ReLU6,] `depthwise` 3x3, `project` 1x1 [, `last` 1x1] [+ x], where `is_supported`.
 
     Args:
         x: (B, C, H, W) float32.
@@ -77,7 +77,7 @@ def separable(
     if out is None:
         out = x.new_empty(batch, out_height, out_width, final.out_channels)
     library = cpu.load()
-    assert library is not None, "the caller did not ask takes()"
+    assert library is not None, "the caller did not ask is_supported()"
     block = _Block(
         *(batch, height, width, out_height, out_width),
         *(inputs, depthwise.in_channels, project.out_channels, 0 if last is None else last.out_channels),
