@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpetr.data import load_image
 from hpetr.errors import InputError
 from hpetr.images.pixels import keep_ratio_size, normalize_and_pad, resize_image
+from hpetr.images.read import load_image
 
 
 @pytest.fixture
