@@ -19,10 +19,10 @@ from hpetr.model.ops import deformable_sampling
 
 
 def softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax over the last axis.
+    """Return the softmax over the last axis.
 
-    Written out for inference on the CPU where a row does not fill whole vectors: torch's takes 3.5 ms over 25,872 rows
-    of 12 numbers, a twenty-fifth of h-petr-nano's time, and this 0.5 ms; over rows of 16 torch's takes 0.3 ms.
+    It is written out for inference on the CPU with rows that do not fill whole vectors. 25,872 rows of 12 numbers take
+    0.5 ms, and 3.5 ms in torch, a twenty-fifth of h-petr-nano's time. Rows of 16 numbers take 0.3 ms in torch.
     """
     if torch.is_grad_enabled() or logits.device.type != "cpu" or logits.shape[-1] % 16 == 0:
         return logits.softmax(-1, dtype=dtype)
@@ -31,10 +31,9 @@ def softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    """Plain deformable attention: every head samples P points a level around the query's reference point.
+    """Plain deformable attention: every head samples P points of each level around the query's reference point.
 
-    The value projection is a step of its own (`project_value`), so that one projection of an image can serve any
-    number of queries: the joint decoder samples it from all poses at once.
+    The value projection is a separate step (`project_value`): one projection of an image serves any number of queries.
     """
 
     def __init__(self, config: HPetrConfig, num_levels: int, num_points: int):
@@ -47,7 +46,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(config.d_model, config.d_model)
 
     def project_value(self, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Memory (B, S, D) -> value (B, S, heads, D / heads), zero where `padding_mask` (B, S) is true."""
+        """Project memory (B, S, D) to the value (B, S, heads, D / heads), zero where `padding_mask` (B, S) is true."""
         value = self.value_proj(memory)
         if padding_mask is not None:
             value = value.masked_fill_(padding_mask[..., None], 0.0)
@@ -61,7 +60,7 @@ class DeformableAttention(nn.Module):
         Args:
             query: (B, Q, D), position included.
             references: (B, Q, L, R, 2) x, y in the padded map of each level; R = 1 here, K in pose attention. Float32
-                at least, also under autocast: bfloat16 could not tell neighboring cells apart.
+                or float64, also under autocast: bfloat16 cannot tell neighboring cells apart.
             value: (B, S, heads, D / heads) from `project_value`.
             spatial_shapes: (H, W) of every level; S is the sum of their products.
         Returns:
@@ -77,18 +76,18 @@ class DeformableAttention(nn.Module):
         return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
 
     def sampling_locations(self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
-        """Reference plus offset, the offset counted in cells of the level: (B, Q, M, L, P, 2)."""
+        """Return references plus offsets in cells of the level: (B, Q, M, L, P, 2)."""
         cells = to_device(
             torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype), offsets.device
         )  # (L, 2)
         return self.per_point(references)[:, :, None] + offsets / self.per_point(cells[:, None])
 
     def per_point(self, x: Tensor) -> Tensor:
-        """(..., 1 or P, 2) -> (..., P, 2), copied: broadcasting over the short inner axes would halve the speed."""
+        """Expand (..., 1 or P, 2) to (..., P, 2), copied: broadcasting over the short inner axes halves the speed."""
         return x.expand(*x.shape[:-2], self.num_points, 2).contiguous()
 
     def initial_offsets(self) -> Tensor:
-        """Start of the offset bias: head h points to angle 2 pi h / heads, its larger coordinate 1, times p + 1."""
+        """Return the initial offset bias: head h points to angle 2 pi h / heads, with larger coordinate p + 1."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         ring = torch.stack([angles.cos(), angles.sin()], -1)
         ring = ring / ring.abs().amax(-1, keepdim=True)  # (M, 2)
@@ -98,20 +97,20 @@ class DeformableAttention(nn.Module):
 
 
 class PoseAttention(DeformableAttention):
-    """Deformable attention whose point p belongs to joint p: offsets count in half extents of the pose (P = K)."""
+    """Deformable attention whose point p belongs to keypoint p; offsets are in half-extents of the pose (P = K)."""
 
     def sampling_locations(self, offsets: Tensor, references: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
-        """references (B, Q, L, K, 2) -> (B, Q, M, L, K, 2); the pose's extent (w, h) is at least 1e-4."""
+        """Return references (B, Q, L, K, 2) plus offsets: (B, Q, M, L, K, 2); a pose's extent is at least 1e-4."""
         extent = (references.amax(-2, keepdim=True) - references.amin(-2, keepdim=True)).clamp(min=1e-4)
         return references[:, :, None] + offsets * self.per_point(extent * 0.5)[:, :, None]
 
     def initial_offsets(self) -> Tensor:
-        """Every joint starts by looking exactly at its own reference."""
+        """Return zeros: every keypoint first samples its own reference."""
         return torch.zeros(self.num_heads * self.num_levels * self.num_points * 2)
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, Linear, with dropout after each; the residual is the caller's."""
+    """Linear, ReLU, Linear, with dropout after each; the caller adds the residual."""
 
     def __init__(self, d_model: int, hidden: int, dropout: float):
         super().__init__()
@@ -126,8 +125,8 @@ class FeedForward(nn.Module):
 class DeformableLayer(GradientCheckpointingLayer):
     """One post-norm layer: [self-attention,] deformable attention, FFN; a residual and a LayerNorm around each.
 
-    Encoder layers have no self-attention: there deformable attention is the self-attention. With gradient
-    checkpointing a layer keeps its inputs only and is computed again in the backward pass.
+    Encoder layers have no self-attention besides deformable attention. With gradient checkpointing a layer keeps only
+    its inputs and is recomputed in the backward pass.
     """
 
     attention: DeformableAttention
@@ -146,12 +145,17 @@ class DeformableLayer(GradientCheckpointingLayer):
         self.ffn_norm = nn.LayerNorm(width)
 
     def attend_to_each_other(self, x: Tensor, position: Tensor, groups: list[int] | int) -> Tensor:
-        """Self-attention within groups of consecutive queries; x and position (B, Q, D).
+        """Apply self-attention within groups of consecutive queries.
 
-        Attending group by group equals one attention under a block mask, at a fraction of its Q x Q cost.
+        Attention group by group equals one attention under a block mask, at a fraction of its Q x Q cost.
 
         Args:
-            groups: the groups' sizes, or the one size of all of them.
+            x: (B, Q, D).
+            position: (B, Q, D).
+            groups: the groups' sizes, or one size for all of them.
+
+        Returns:
+            (B, Q, D)
         """
         if isinstance(groups, int):
             parts = [tuple(t.reshape(-1, groups, t.shape[-1]) for t in (x, position))]  # (B * Q / size, size, D)
@@ -174,13 +178,17 @@ class DeformableLayer(GradientCheckpointingLayer):
         spatial_shapes: list[tuple[int, int]],
         groups: list[int] | int | None = None,
     ) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
-            x, position: (B, Q, D), position may have 1 for B.
-            references, spatial_shapes: as in `DeformableAttention.forward`.
-            memory: (B, S, D) tokens to sample from; padding_mask: (B, S), true on padding, or None.
+            x: (B, Q, D).
+            position: (B or 1, Q, D).
+            references: see `DeformableAttention.forward`.
+            memory: (B, S, D) tokens to sample from.
+            padding_mask: (B, S), true on padding; None without padding.
+            spatial_shapes: (H, W) of every level.
             groups: for layers with self-attention, see `attend_to_each_other`.
+
         Returns:
             (B, Q, D)
         """
@@ -192,14 +200,14 @@ class DeformableLayer(GradientCheckpointingLayer):
     def attend_to_image(
         self, x: Tensor, position: Tensor, references: Tensor, value: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Deformable attention and FFN: x and position (B, Q, D), value (B, S, heads, D / heads) -> (B, Q, D)."""
+        """Apply deformable attention and FFN: x, position (B, Q, D) and value (B, S, heads, D / heads) -> (B, Q, D)."""
         attended = self.attention(x + position, references, value, spatial_shapes)
         x = self.attention_norm(x + self.attention_dropout(attended))
         return self.ffn_norm(x + self.ffn(x))
 
 
 class DeformableLayers(nn.ModuleList):
-    """A stack of `DeformableLayer`s that type checkers know as such."""
+    """A list of `DeformableLayer`s, typed for type checkers."""
 
     def __iter__(self) -> Iterator[DeformableLayer]:
         return cast("Iterator[DeformableLayer]", super().__iter__())

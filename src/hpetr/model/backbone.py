@@ -1,4 +1,4 @@
-"""Backbone and neck: pixels to feature maps of one width at several strides."""
+"""Backbone and neck: from pixels to feature maps of one width at several strides."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class TokenNorm(nn.LayerNorm):
 
 
 class Neck(nn.Module):
-    """A 1x1 convolution and a norm a level; levels past the backbone's come from its last map, strided.
+    """A 1x1 convolution and a norm for each level, without activation.
 
-    The first extra level reads the backbone's last map, each further one the level before it. No activation. Under
-    `TokenNorm`, which sees one cell alone, the convolutions have a bias: a weak map stays a weak one.
+    Levels beyond the backbone's are strided 3x3 convolutions: the first one reads the backbone's last map, each further
+    one the level before it. Before `TokenNorm`, which sees single cells, the convolutions have a bias, so that a weak
+    map stays weak.
     """
 
     def __init__(self, channels: list[int], d_model: int, num_levels: int, norm: str):
@@ -47,14 +48,14 @@ class Neck(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Backbone maps (B, C_l, H_l, W_l) -> num_levels maps (B, D, H_l, W_l)."""
+        """Map the backbone's maps (B, C_l, H_l, W_l) to num_levels maps (B, D, H_l, W_l)."""
         outputs: list[Tensor] = []
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             first_extra = level == self.num_backbone_levels
             source = maps[level] if level < self.num_backbone_levels else maps[-1] if first_extra else outputs[-1]
             if level >= self.num_backbone_levels and source.shape[-2:] == (1, 1):
-                # The same numbers. The bfloat16 gradient of a strided, padded convolution on one pixel reads memory
-                # that nobody wrote (torch 2.13, a CPU with AVX512-BF16: NaN in 22 of 40 tries).
+                # The same result. The bfloat16 gradient of a strided, padded convolution on one pixel reads
+                # uninitialized memory (torch 2.13, a CPU with AVX512-BF16: NaN in 22 of 40 tries).
                 weight, bias = cast("Tensor", conv.weight), cast("Tensor | None", conv.bias)
                 convolved = F.conv2d(F.pad(source, (1, 1, 1, 1)), weight, bias, stride=2)
             else:
@@ -64,11 +65,11 @@ class Neck(nn.Module):
 
 
 class FoldedConvNorm(nn.Module):
-    """A convolution whose frozen batch norm is folded into its weights, then an activation in place.
+    """A convolution with its frozen batch norm folded into the weights, and an in-place activation.
 
-    It takes the place, and the names, of one of transformers' modules. Against the three modules one after the other,
-    a ResNet-50 spends a fifth less time, and keeps half as much for the backward pass: a batch norm in eval mode would
-    keep its input.
+    It replaces one of transformers' modules and keeps the parameter names. A ResNet-50 takes a fifth less time than
+    with the three modules, and keeps half as much memory for the backward pass: a batch norm in eval mode keeps its
+    input.
     """
 
     def __init__(self, module: nn.Module):
@@ -87,7 +88,7 @@ class FoldedConvNorm(nn.Module):
 
 
 def fold_batch_norms(body: nn.Module) -> None:
-    """Put `FoldedConvNorm` in the place of every module that is a convolution and a batch norm (ResNet's all are)."""
+    """Replace every module of a convolution and a batch norm, as all of ResNet's are, by `FoldedConvNorm`."""
     for parent in list(body.modules()):
         for name, child in parent.named_children():
             norm = getattr(child, "normalization", None)
@@ -96,7 +97,7 @@ def fold_batch_norms(body: nn.Module) -> None:
 
 
 class FeatureExtractor(nn.Module):
-    """`model.backbone`: any transformers backbone, what the recipe freezes of it, the neck, and the prior if any."""
+    """Any transformers backbone with its frozen parts, the neck, and the prior of a model that has one."""
 
     # transformers sets both
     gradient_checkpointing = False
@@ -106,7 +107,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.body = AutoBackbone.from_config(config.backbone_config)
         if config.backbone_config.model_type == "swin":
-            # SwinBackbone normalizes each output by itself and never uses this norm (3,072 parameters in Swin-L).
+            # SwinBackbone normalizes each output separately and never uses this norm (3,072 parameters in Swin-L).
             self.body.swin.layernorm = nn.Identity()
         channels = list(self.body.channels)
         self.prior_levels = config.pose_prior
@@ -139,15 +140,16 @@ class FeatureExtractor(nn.Module):
         return self
 
     def body_maps(self, pixel_values: Tensor) -> list[Tensor]:
-        """Feature maps of the body.
+        """Return the feature maps of the body.
 
-        With gradient checkpointing, a body that keeps no checkpoints of its own (ResNet) is computed again as a whole,
-        when the backward pass has freed everything behind it; unless its batch norms would count the batch twice.
+        With gradient checkpointing, a body without checkpoints of its own (ResNet) is recomputed as a whole, when the
+        backward pass has freed all later activations. A body with trainable batch norms is not: they would count the
+        batch twice.
         """
 
         def run(pixels: Tensor) -> list[Tensor]:
             if not torch.is_grad_enabled():
-                # The same convolutions on channels-last pixels take a fifth less time on a CPU; training gains nothing.
+                # Channels-last pixels take a fifth less time on a CPU; training gains nothing.
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             return list(self.body(pixels).feature_maps)
 
@@ -159,13 +161,18 @@ class FeatureExtractor(nn.Module):
     def forward(
         self, pixel_values: Tensor, padding: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor] | None, Prior | None]:
-        """Pixels (B, 3, H, W) and their padding (B, H, W), true outside the image, to maps of every level.
+        """Return the feature maps of every level.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            padding: (B, H, W), true outside the image; None without padding.
 
         Returns:
-            Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and what the prior says.
+            Maps (B, D, H_l, W_l); their padding masks (B, H_l, W_l), or None without padding; and the prior of a model
+            that has one.
         """
         if padding is not None:
-            # What lies in the padding must not reach the image: the published pipeline pads with zeros.
+            # The published pipeline pads with zeros: other values would reach the image through the convolutions.
             pixel_values = pixel_values.masked_fill(padding[:, None], 0.0)
         maps = self.body_maps(pixel_values)
         prior_maps = [] if self.prior is None else [self.prior(maps.pop(level)) for level in range(self.prior_levels)]
@@ -177,10 +184,10 @@ class FeatureExtractor(nn.Module):
 
 
 def nearest(mask: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W) to (B, height, width) by nearest interpolation, as `F.interpolate` rounds it.
+    """Resize a mask (B, H, W) to (B, height, width) by nearest interpolation, rounded as `F.interpolate` does.
 
-    Written out, because an exported interpolation rounds otherwise: in ONNX Runtime and OpenVINO, the cells of one in
-    twelve sizes would be off by one (75 pixels to 10 cells, for example).
+    It is written out because exported interpolations round differently: in ONNX Runtime and OpenVINO the cells of one
+    size in twelve are off by one (75 pixels to 10 cells, for example).
     """
     sides = torch.tensor([mask.shape[1:], (height, width)], dtype=torch.float32)
     scale = to_device(sides[0] / sides[1], mask.device)  # (2,)

@@ -22,6 +22,7 @@ from hpetr.model.losses import (
 )
 from hpetr.model.matching import Targets
 from hpetr.model.proposals import Predictions, Proposals
+from hpetr.model.stages import ASSIGNMENT, COSTS, HEATMAP, stage
 
 
 class Criterion:
@@ -62,13 +63,16 @@ class Criterion:
         config, device = self.config, layers.logits.device
         sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
         every = proposals.predictions()
-        pending = start_matching(every, layers, groups, sizes, targets, config, sigmas)
+        with stage(COSTS):
+            pending = start_matching(every, layers, groups, sizes, targets, config, sigmas)
         terms: dict[str, Tensor] = {}
         if config.loss_heatmap:
-            logits, padding = heatmap()
-            stride = round(image_width / logits.shape[-1])
-            terms = heatmap_loss(logits, padding, targets, stride, config)
-        matching = finish_matching(pending, sizes, device)
+            with stage(HEATMAP):
+                logits, padding = heatmap()
+                stride = round(image_width / logits.shape[-1])
+                terms = heatmap_loss(logits, padding, targets, stride, config)
+        with stage(ASSIGNMENT):
+            matching = finish_matching(pending, sizes, device)
         counts = match_counts(matching, targets)
         poses, scores = refine(matched_poses(layers.keypoints[-1].detach(), matching))
         return (

@@ -11,9 +11,9 @@ from hpetr.model.grid import Grid
 
 
 class Encoder(nn.Module):
-    """Deformable self-attention over all tokens; with one level it is the encoder of the heatmap branch.
+    """Deformable self-attention over all tokens; with one level, the encoder of the heatmap branch.
 
-    Tokens of levels finer than `first_level` are read by the others and stay as they are: most tokens are theirs.
+    Tokens of levels finer than `first_level`, which are most tokens, are read and not refined.
     """
 
     def __init__(self, config: HPetrConfig, num_layers: int, num_levels: int, first_level: int = 0):
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, grid: Grid) -> Tensor:
-        """tokens (B, S, D), positions (B or 1, S, D) -> memory (B, S, D)."""
+        """Refine tokens (B, S, D) with positions (B or 1, S, D) to the memory (B, S, D)."""
         references = grid.scale_references(grid.centers[:, :, None])  # (B, S, L, 1, 2)
         start = sum(height * width for height, width in grid.spatial_shapes[: self.first_level])
         positions, references = positions[:, start:], references[:, start:]

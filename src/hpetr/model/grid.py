@@ -13,16 +13,16 @@ from hpetr.model.host import to_device
 
 @dataclass
 class Grid:
-    """Where the tokens of a batch lie: what every deformable attention needs to know besides the features.
+    """The geometry of a batch's tokens, which every deformable attention reads besides the features.
 
-    Float32 at least, whatever the features' dtype: half-precision coordinates miss their cell.
+    Tensors are float32 or float64, whatever the features' dtype: half-precision coordinates miss their cell.
 
     Attributes:
         spatial_shapes: (H_l, W_l) of every level; S = sum of their products.
-        padding_mask: (B, S), true on padding; None when no image is padded.
-        valid_ratios: (B, L, 2) share of each level's width and height that is image.
+        padding_mask: (B, S), true on padding; None without padding.
+        valid_ratios: (B, L, 2) unpadded share of each level's width and height.
         centers: (B, S, 2) x, y of every token's center, 1 = the *unpadded* image's width and height.
-        cells: (B, L, 2) width and height of each level's cells, likewise.
+        cells: (B, L, 2) width and height of each level's cells, 1 = the unpadded image's.
         positions: (B, S, D) sine position encoding; (1, S, D) without padding.
     """
 
@@ -34,20 +34,20 @@ class Grid:
     positions: Tensor
 
     def scale_references(self, references: Tensor) -> Tensor:
-        """References (B, Q, R, 2) of the unpadded image -> (B, Q, L, R, 2) of every level's padded map."""
+        """Map references (B, Q, R, 2) of the unpadded image to every level's padded map, (B, Q, L, R, 2)."""
         if self.padding_mask is None:
             return references[:, :, None].expand(-1, -1, len(self.spatial_shapes), -1, -1)
         return references[:, :, None] * self.valid_ratios[:, None, :, None]
 
     def cells_of_tokens(self) -> Tensor:
-        """(B, S, 2) width and height of every token's cell."""
+        """Return the width and height of every token's cell, (B, S, 2)."""
         counts = [height * width for height, width in self.spatial_shapes]
         return torch.cat(
             [cell[:, None].expand(-1, n, -1) for cell, n in zip(self.cells.unbind(1), counts, strict=True)], 1
         )
 
     def first_level(self) -> Grid:
-        """The grid of the finest level alone, for the heatmap branch."""
+        """Return the grid of the finest level alone, for the heatmap branch."""
         height, width = self.spatial_shapes[0]
         size = height * width
         return Grid(
@@ -60,16 +60,14 @@ class Grid:
         )
 
 
-def make_grid(
-    maps: list[Tensor],
-    masks: list[Tensor] | None,
-    shares: Tensor | None = None,
-) -> Grid:
-    """The grid of feature maps (B, D, H_l, W_l) with padding masks (B, H_l, W_l).
+def make_grid(maps: list[Tensor], masks: list[Tensor] | None, shares: Tensor | None = None) -> Grid:
+    """Return the grid of feature maps.
 
     Args:
-        shares: (B, 2) share of the padded width and height that is image. None counts whole cells of every level, as
-            published: an edge within a cell is then up to half a cell off.
+        maps: (B, D, H_l, W_l) of every level.
+        masks: (B, H_l, W_l) of every level, true on padding; None without padding.
+        shares: (B, 2) unpadded share of the width and height. None counts whole cells of every level, as published: an
+            edge within a cell is then up to half a cell off.
     """
     d_model, device = maps[0].shape[1], maps[0].device
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
@@ -104,12 +102,13 @@ def make_grid(
 
 
 def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False) -> Tensor:
-    """Sine encoding of positions counted inside the image, y first, then x.
+    """Return the sine encoding of positions counted inside the image, y first, then x.
 
     Args:
         mask: (B, H, W), true on padding.
-        shared: compute the first row and column alone, which stand for all others except on padding: a thirtieth of
-            the sines.
+        features_per_axis: number of sines and cosines of each coordinate.
+        shared: compute the first row and column only, a thirtieth of the sines. Outside padding they equal all others.
+
     Returns:
         (B, H * W, 2 * features_per_axis), sin and cos interleaved, temperature 10,000 (Carion et al. 2020, with
         mmdet's center offset of -0.5).
@@ -125,7 +124,7 @@ def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False
 
 
 def sine_encoding(x: Tensor, features: int) -> Tensor:
-    """Sines and cosines, interleaved, of shares (...) of a side, 0 to 1: (..., features), from whole turns down."""
+    """Return interleaved sines and cosines (..., features) of positions (...) in 0..1, from one turn to slow ones."""
     exponent = torch.arange(features, device=x.device) // 2 * 2 / features
     angle = (x * (2 * math.pi))[..., None] / 10000.0**exponent
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)

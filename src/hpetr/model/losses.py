@@ -29,7 +29,7 @@ from hpetr.model.proposals import Predictions, Proposals
 
 
 def mean_over_processes(counts: Tensor) -> Tensor:
-    """Counts that divide losses: averaged over processes and at least 1, so that DDP's mean of gradients is exact."""
+    """Average counts that divide losses over processes, so that DDP's mean of gradients is exact; at least 1."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
         counts = counts / dist.get_world_size()
@@ -38,12 +38,13 @@ def mean_over_processes(counts: Tensor) -> Tensor:
 
 @dataclass
 class Matching:
-    """All pairs of a training step.
+    """All matched pairs of a training step.
 
     Attributes:
-        proposals, layers, joint: pairs of the proposals (1 part), of layer i and query group g (part i * groups + g),
-            and of the joint decoder (1 part), which refines the last layer's of both groups.
-        most: poses of the image with most of them in the joint decoder, at least 1.
+        proposals: of the proposals (1 part).
+        layers: of layer i and query group g (part i * groups + g).
+        joint: of the joint decoder (1 part), which refines the last layer's matches of all groups.
+        most: largest number of matches of an image in the joint decoder, at least 1.
     """
 
     proposals: Matches
@@ -101,9 +102,9 @@ def finish_matching(pending: PendingAssignments, sizes: list[int], device: torch
 
 
 def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
-    """Divisors of the proposals', layers' and joint decoder's losses, over processes: (parts, 2) each.
+    """Return the divisors of the proposals', layers' and joint decoder's losses, over processes: (parts, 2) each.
 
-    For each part its matched queries, and twice their labelled keypoints.
+    They are the number of matched queries, and twice the number of their labelled keypoints.
     """
     blocks = [matching.proposals, matching.layers, matching.joint]
     labelled = targets.visible.sum(-1)  # (B, n)
@@ -114,7 +115,7 @@ def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
 
 
 def ignored_queries(keypoints: Tensor, targets: Targets) -> Tensor:
-    """(..., B, Q) true where the middle of a predicted pose (..., B, Q, K, 2) lies in an ignore box of its image."""
+    """Return which predicted poses (..., B, Q, K, 2) have their center in an ignore box of their image: (..., B, Q)."""
     middle = keypoints.detach().mean(-2) * targets.sizes[:, None]  # (..., B, Q, 2) pixels
     boxes = targets.ignore_boxes[:, None]  # (B, 1, m, 4)
     inside = (middle[..., None, :] >= boxes[..., :2]) & (middle[..., None, :] < boxes[..., 2:])  # (..., B, Q, m, 2)
@@ -122,13 +123,14 @@ def ignored_queries(keypoints: Tensor, targets: Targets) -> Tensor:
 
 
 def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Tensor:
-    """Sigmoid focal loss of every query (..., B, Q), summed over classes (Lin et al. 2017).
+    """Return the sigmoid focal loss of every query (..., B, Q), summed over classes (Lin et al. 2017).
 
     Args:
-        predictions: logits (..., B, Q, C) with gradient; keypoints say which queries lie in ignore boxes, where
-            unmatched ones count nothing.
-        truth: like the logits, 1 where a query is matched to that class, or how well it fits, 0..1 (then this is the
-            quality focal loss of Li et al. 2020, arXiv 2006.04388, with focal loss's alpha).
+        predictions: logits (..., B, Q, C) with gradient. Unmatched queries whose keypoints lie in ignore boxes do not
+            count.
+        truth: as the logits: 1 for the class of a matched query, or its OKS in 0..1. With an OKS this is the quality
+            focal loss of Li et al. 2020 (arXiv 2006.04388) with focal loss's alpha.
+        targets: ignore boxes.
     """
     logits = at_least_float32(predictions.logits)
     probability = logits.sigmoid()
@@ -142,7 +144,7 @@ def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Te
 
 
 def oks_loss(similarity: Tensor, config: HPetrConfig) -> Tensor:
-    """The loss of an object keypoint similarity."""
+    """Return the loss of an object keypoint similarity."""
     return 1 - similarity if config.oks_loss == "linear" else -similarity.clamp(min=1e-6).log()
 
 
@@ -165,10 +167,16 @@ def proposal_losses(
     sigmas: Tensor,
     counts: Tensor,
 ) -> dict[str, Tensor]:
-    """Focal loss over all tokens, every matched one being class 0, and L1 of the matched ones.
+    """Return the focal loss over all tokens, with class 0 for every matched one, and the L1 loss of the matched ones.
 
     Args:
-        keypoints: (B, S, K, 2) of all tokens, without gradient. counts: (1, 2) from `match_counts`.
+        proposals: of all tokens.
+        keypoints: (B, S, K, 2) of all tokens, without gradient.
+        matches: of the proposals.
+        targets: people of the batch.
+        config: weights.
+        sigmas: (K,).
+        counts: (1, 2) from `match_counts`.
     """
     truth = torch.zeros_like(proposals.logits, dtype=torch.promote_types(proposals.logits.dtype, torch.float32))
     truth[matches.image, matches.query, 0] = 1
@@ -190,12 +198,16 @@ def decoder_losses(
     sigmas: Tensor,
     counts: Tensor,
 ) -> dict[str, Tensor]:
-    """Losses of every pose-decoder layer, each group divided by its own counts and the groups added.
+    """Return the losses of every pose-decoder layer, each group divided by its own counts and the groups added.
 
     Args:
         layers: (layers, B, Q, ...).
         sizes: number of queries of each group.
-        counts: (layers * groups, 2).
+        matches: of all layers and groups.
+        targets: people of the batch.
+        config: weights.
+        sigmas: (K,).
+        counts: (layers * groups, 2) from `match_counts`.
     """
     depth = len(layers.logits)
     layer = torch.div(matches.part, len(sizes), rounding_mode="floor")
@@ -227,10 +239,16 @@ def joint_losses(
     sigmas: Tensor,
     counts: Tensor,
 ) -> dict[str, Tensor]:
-    """Losses of every joint-decoder layer over the matched poses of both groups.
+    """Return the losses of every joint-decoder layer over the matched poses of all groups.
 
     Args:
-        poses: (layers, B, T, K, 2). scores: (B, T, K) logits of the joints' scores, or None. counts: (1, 2).
+        poses: (layers, B, T, K, 2).
+        scores: (B, T, K) logits of the keypoint scores, or None.
+        matches: of the joint decoder.
+        targets: people of the batch.
+        config: weights.
+        sigmas: (K,).
+        counts: (1, 2) from `match_counts`.
     """
     l1, similarity = keypoint_terms(poses[:, matches.image, matches.slot], matches, targets, sigmas)  # (layers, m)
     oks = oks_loss(similarity, config) * targets.visible[matches.image, matches.target].any(-1)
@@ -245,10 +263,10 @@ def joint_losses(
 
 
 def score_loss(poses: Tensor, scores: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> Tensor:
-    """Binary cross-entropy of the scores of joints (m, K) of matched poses (m, K, 2), averaged over joints.
+    """Return the binary cross-entropy of keypoint scores (m, K) of matched poses (m, K, 2), averaged over keypoints.
 
-    A labelled joint is right where its keypoint similarity is at least one half, an absent one wrong; joints of which
-    nothing is known do not count.
+    A labelled keypoint is right if its keypoint similarity is at least one half; an absent one is wrong; others do not
+    count.
     """
     person = matches.image, matches.target
     difference = poses * targets.sizes[matches.image][:, None] - targets.keypoints[person]  # (m, K, 2) pixels
@@ -260,7 +278,7 @@ def score_loss(poses: Tensor, scores: Tensor, matches: Matches, targets: Targets
 
 
 def gaussian_radius(width: Tensor, height: Tensor, min_overlap: float = 0.9) -> Tensor:
-    """Largest shift of a box's corners that keeps an IoU of `min_overlap` in each of three cases (CornerNet)."""
+    """Return the largest shift of a box's corners that keeps an IoU of `min_overlap` in three cases (CornerNet)."""
     total, product = height + width, width * height
     c1 = product * (1 - min_overlap) / (1 + min_overlap)
     r1 = (total - (total**2 - 4 * c1).clamp(min=0).sqrt()) / 2
@@ -273,9 +291,9 @@ def gaussian_radius(width: Tensor, height: Tensor, min_overlap: float = 0.9) -> 
 
 @torch.no_grad()
 def heatmap_targets(targets: Targets, height: int, width: int, stride: int) -> Tensor:
-    """(B, K, H, W) Gaussians with peak 1 at floor(keypoint / stride), the larger one where they overlap.
+    """Return Gaussians (B, K, H, W) with peak 1 at floor(keypoint / stride), the larger one where they overlap.
 
-    The radius follows the person's box at that stride, floored and clamped to [0, 3]; sigma = (2 r + 1) / 6.
+    Their radius r follows the person's box at that stride, floored and clamped to [0, 3]; sigma = (2 r + 1) / 6.
     """
     batch, _, joints = targets.visible.shape
     extent = (targets.boxes[..., 2:] - targets.boxes[..., :2]) / stride  # (B, n, 2)
@@ -287,7 +305,7 @@ def heatmap_targets(targets: Targets, height: int, width: int, stride: int) -> T
     values = (-(dx**2 + dy**2) / (2 * ((2 * reach + 1) / 6) ** 2)).exp()  # (B, n, 1, 49)
     x, y = center[..., :1] + dx, center[..., 1:] + dy  # (B, n, K, 49)
     inside = (dx.abs() <= reach) & (dy.abs() <= reach) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    # What is outside adds a 0, which is no maximum: choosing the cells inside would wait for the device.
+    # Cells outside add a 0, which is no maximum: selecting the cells inside would synchronize with the device.
     values = values * (inside & targets.visible[..., None])
     index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).transpose(1, 2).flatten(2)  # (B, K, n * 49)
     flat = values.new_zeros(batch, joints, height * width)
@@ -298,7 +316,7 @@ def heatmap_targets(targets: Targets, height: int, width: int, stride: int) -> T
 def heatmap_loss(
     logits: Tensor, padding: Tensor | None, targets: Targets, stride: int, config: HPetrConfig
 ) -> dict[str, Tensor]:
-    """Penalty-reduced focal loss (CornerNet, alpha 2, beta 4) of logits (B, K, H, W); padding (B, H, W) is left out."""
+    """Return the penalty-reduced focal loss (CornerNet, alpha 2, beta 4) of logits (B, K, H, W) outside padding."""
     height, width = logits.shape[-2:]
     truth = heatmap_targets(targets, height, width, stride)
     probability = at_least_float32(logits).sigmoid().clamp(1e-4, 1 - 1e-4)
@@ -314,7 +332,7 @@ def heatmap_loss(
 
 
 def ignored_cells(targets: Targets, height: int, width: int, stride: int) -> Tensor:
-    """(B, H, W) true where a cell's center lies in an ignore box."""
+    """Return which cells have their center in an ignore box, (B, H, W)."""
     device = targets.ignore_boxes.device
     x = ((torch.arange(width, device=device) + 0.5) * stride).view(1, 1, 1, -1)
     y = ((torch.arange(height, device=device) + 0.5) * stride).view(1, 1, -1, 1)

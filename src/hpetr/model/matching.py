@@ -1,4 +1,4 @@
-"""Targets of a batch, and the Hungarian matching of predictions to them, batched over images, layers and groups."""
+"""Targets of a batch, and the assignment of predictions to them, batched over images, layers and groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 @dataclass
 class Targets:
-    """The people of a batch, padded to the image with most of them (n).
+    """The people of a batch, padded to n, the largest number of an image.
 
     Attributes:
         keypoints: (B, n, K, 2) x, y in pixels.
@@ -47,12 +47,15 @@ class Targets:
 
 @dataclass
 class Matches:
-    """m matched pairs of several parts (a decoder layer's query group each), on the device.
+    """The m matched pairs of several parts, on the device; a part is one query group of one decoder layer.
 
     Attributes:
-        sizes: pairs of each part.
-        part, image, query, target: (m,) indices; queries count from the first of all groups.
-        slot: (m,) place of the pose among its image's in the joint decoder, 0 elsewhere.
+        sizes: number of pairs of each part.
+        part: (m,) index of the part.
+        image: (m,) index of the image.
+        query: (m,) index of the query, over all groups.
+        target: (m,) index of the person in its image.
+        slot: (m,) index of the pose among its image's poses in the joint decoder, 0 for other parts.
     """
 
     sizes: list[int]
@@ -63,13 +66,13 @@ class Matches:
     slot: Tensor
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums of values (m,) over each part: (parts,), added in the same order every time."""
+        """Return sums of values (m,) over each part, (parts,), added in the same order every time."""
         parts = torch.arange(len(self.sizes), device=values.device)
         return torch.where(self.part == parts[:, None], values, 0.0).sum(1)
 
 
 def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int) -> None:
-    """Raise `InputError` naming the image and the field where labels do not have their documented shapes."""
+    """Raise InputError, which names the image and the field, for labels of other shapes than documented."""
     if len(labels) != batch:
         raise InputError(f"labels: {len(labels)} entries, expected one for each of the {batch} images")
     for i, label in enumerate(labels):
@@ -84,9 +87,12 @@ def check_labels(labels: list[dict[str, Tensor]], batch: int, num_keypoints: int
 
 
 def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
-    """Batch the labels (pixels of the unpadded images, see `HPetrForPoseEstimation.forward`); sizes (B, 2) w, h.
+    """Return the targets of a batch.
 
-    Labels may lie on the host or on the device; from the host they take one copy a field.
+    Args:
+        labels: see `HPetrForPoseEstimation.forward`; on the host or on the device. From the host, each field is copied
+            once.
+        sizes: (B, 2) width and height of the unpadded images.
     """
 
     def batched(field: str, dtype: torch.dtype) -> Tensor:
@@ -110,17 +116,21 @@ def make_targets(labels: list[dict[str, Tensor]], sizes: Tensor) -> Targets:
 
 
 def keypoint_similarity(squared_distances: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
-    """exp(-d^2 / (2 area (2 sigma)^2)) of joints (..., K), from d^2 and areas (...,) in pixels^2 and sigmas (K,)."""
+    """Return exp(-d^2 / (2 area (2 sigma)^2)), (..., K), from d^2 (..., K) and areas (...,) in pixels^2."""
     return (-squared_distances / (2 * areas[..., None] * (2 * sigmas) ** 2)).exp()
 
 
 def object_keypoint_similarity(squared_distances: Tensor, visible: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
-    """COCO's OKS, the mean of `keypoint_similarity` over labelled keypoints.
+    """Return COCO's OKS, the mean of `keypoint_similarity` over labelled keypoints.
 
     Args:
-        squared_distances: (..., K) pixels^2. visible: (..., K). areas: (...,) pixels^2. sigmas: (K,).
+        squared_distances: (..., K) pixels^2.
+        visible: (..., K).
+        areas: (...,) pixels^2.
+        sigmas: (K,).
+
     Returns:
-        (...,); 0 where no keypoint is labelled.
+        (...,); 0 for a person without labelled keypoints.
     """
     similarity = keypoint_similarity(squared_distances, areas, sigmas)
     return (similarity * visible).sum(-1) / visible.sum(-1).clamp(min=1)
