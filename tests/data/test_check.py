@@ -104,7 +104,7 @@ def test_every_fault_is_counted_at_once(tmp_path, content):
     assert any("annotation 5: 'keypoints' has 3 numbers, expected 9" in line for line in report.lines())
     with pytest.raises(InputError, match=r"\(and 13 more: `hpetr data check` lists them\)"):
         open_dataset(path)
-    assert "unreadable image" not in kinds(check_dataset(path, images=False), "error")
+    assert "unreadable image" not in kinds(check_dataset(path, decode=False), "error")
 
 
 def test_what_training_accepts_but_nobody_means(tmp_path, content):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpetr.data import CocoPoseDataset, load_annotations, open_dataset
+from hpetr.data import PoseDataset, load_annotations, open_dataset
 from hpetr.errors import InputError
 from hpetr.poses.skeleton import COCO, CROWDPOSE
 
@@ -48,7 +48,7 @@ def write(folder, content):
 
 
 def test_people_crowds_and_empty_images(tmp_path, content):
-    dataset = CocoPoseDataset(write(tmp_path, content))
+    dataset = open_dataset(write(tmp_path, content))
     assert len(dataset) == 2
     assert dataset.category["name"] == "cat"
     assert dataset.skeleton.flip_index == [0, 2, 1]
@@ -72,7 +72,7 @@ def test_people_crowds_and_empty_images(tmp_path, content):
 def test_report_counts_what_is_left_out(tmp_path, content):
     content["categories"].append({"id": 9, "name": "car"})
     content["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 1, 1]})
-    report = CocoPoseDataset(write(tmp_path, content)).report
+    report = open_dataset(write(tmp_path, content)).report
     assert (report.images, report.images_without_people, report.people) == (2, 1, 2)
     assert (report.people_without_keypoints, report.crowds, report.boxes_without_extent) == (2, 1, 1)
     assert (report.keypoints_outside, report.filled_areas, report.other_categories) == (1, 4, 1)
@@ -83,7 +83,7 @@ def test_annotations_in_any_order_go_to_their_images(tmp_path, content):
     content["annotations"].insert(
         0, {"id": 8, "image_id": 3, "category_id": 2, "bbox": [1, 1, 5, 5], "keypoints": [2, 2, 2] + [0] * 6}
     )
-    dataset = CocoPoseDataset(write(tmp_path, content))
+    dataset = open_dataset(write(tmp_path, content))
     assert [len(dataset[index].keypoints) for index in range(2)] == [2, 1]
     assert dataset.report.images_without_people == 0
 
@@ -91,23 +91,23 @@ def test_annotations_in_any_order_go_to_their_images(tmp_path, content):
 def test_limit_reads_only_the_first_images(tmp_path, content):
     path = write(tmp_path, content)
     (tmp_path / "images" / "sub" / "b.png").unlink()
-    dataset = CocoPoseDataset(path, limit=1)
+    dataset = open_dataset(path, limit=1)
     assert len(dataset) == dataset.report.images == 1
 
 
 def test_images_in_another_folder_and_pickling_for_workers(tmp_path, content):
     path = write(tmp_path, content)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
-    dataset = pickle.loads(pickle.dumps(CocoPoseDataset(path, tmp_path / "elsewhere")))
+    dataset = pickle.loads(pickle.dumps(open_dataset(path, tmp_path / "elsewhere")))
     assert len(dataset[0].keypoints) == 2
     with pytest.raises(InputError, match="images: no such folder"):
-        CocoPoseDataset(path)
+        open_dataset(path)
 
 
 def test_several_categories_with_equal_keypoints_get_labels(tmp_path, content):
     content["categories"].append({**content["categories"][0], "id": 1, "name": "dog"})
     content["annotations"][3]["category_id"] = 1
-    assert CocoPoseDataset(write(tmp_path, content))[0].class_labels.tolist() == [0, 1]
+    assert open_dataset(write(tmp_path, content))[0].class_labels.tolist() == [0, 1]
 
 
 def change(path, value):
@@ -164,7 +164,7 @@ ANNOTATION = ("annotations", 0)
 def test_invalid_files_give_one_line_with_file_and_place(tmp_path, content, edit, words):
     edit(content)
     with pytest.raises(InputError, match=words) as caught:
-        CocoPoseDataset(write(tmp_path, content))
+        open_dataset(write(tmp_path, content))
     assert "annotations.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -185,12 +185,12 @@ def test_files_that_are_no_coco_json(tmp_path, text, words):
 
 def test_skeleton_with_another_number_of_keypoints(tmp_path, content):
     with pytest.raises(InputError, match="has 3 keypoints, expected the skeleton's 17"):
-        CocoPoseDataset(write(tmp_path, content), skeleton=COCO)
+        open_dataset(write(tmp_path, content), skeleton=COCO)
 
 
 def test_image_of_another_size_than_annotated(tmp_path, content):
     content["images"][0]["width"] = 41
-    dataset = CocoPoseDataset(write(tmp_path, content))
+    dataset = open_dataset(write(tmp_path, content))
     with pytest.raises(InputError, match=r"a\.png: is 40 x 30 pixels, expected 41 x 30"):
         dataset[0]
 
@@ -199,14 +199,14 @@ def test_several_problems_are_counted_after_the_first(tmp_path, content):
     content["annotations"][0]["area"] = 0
     content["annotations"][3]["bbox"] = [1, 1]
     with pytest.raises(InputError, match=r"annotation 4: 'bbox' has 2.* \(and 1 more: `hpetr data check` lists them\)"):
-        CocoPoseDataset(write(tmp_path, content))
+        open_dataset(write(tmp_path, content))
     content["annotations"][0]["keypoints"] = [6, 7, 2, "9", 9, 1, 8, None, 0]
     with pytest.raises(InputError, match="and 1 more"):
-        CocoPoseDataset(write(tmp_path, content))
+        open_dataset(write(tmp_path, content))
 
 
 def test_image_paths_and_sizes(tmp_path, content):
-    dataset = CocoPoseDataset(write(tmp_path, content))
+    dataset = open_dataset(write(tmp_path, content))
     assert dataset.image_paths == [tmp_path / "images" / "a.png", tmp_path / "images" / "sub" / "b.png"]
     assert dataset.image_sizes.tolist() == [[40, 30], [20, 10]]
     assert dataset[1].path == dataset.image_paths[1]
@@ -215,18 +215,18 @@ def test_image_paths_and_sizes(tmp_path, content):
 
 
 def test_area_of_box_replaces_every_area_in_training_alone(tmp_path, content):
-    dataset = CocoPoseDataset(write(tmp_path, content), area_of_box=1.0)
+    dataset = open_dataset(write(tmp_path, content), area_of_box=1.0)
     assert dataset[0].areas.tolist() == [200, 200]
     assert dataset.report.filled_areas == 0
     assert dataset.ground_truth()["annotations"] == content["annotations"]
     with pytest.raises(InputError, match="area_of_box is -1"):
-        CocoPoseDataset(tmp_path / "annotations.json", area_of_box=-1)
+        open_dataset(tmp_path / "annotations.json", area_of_box=-1)
 
 
 def test_ground_truth_is_the_file_without_other_categories(tmp_path, content):
     content["categories"].append({"id": 9, "name": "car"})
     content["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 1, 1]})
-    truth = CocoPoseDataset(write(tmp_path, content), limit=1).ground_truth()
+    truth = open_dataset(write(tmp_path, content), limit=1).ground_truth()
     assert truth == {
         "images": content["images"],
         "categories": content["categories"][:1],
@@ -244,7 +244,7 @@ def test_crowdpose_json(tmp_path, head):
         "categories": [{"id": 1, "name": "person", "keypoints": names, "skeleton": copied}],
         "annotations": [{**person, "keypoints": [6, 7, 2] * 14}],
     }
-    dataset = CocoPoseDataset(write(tmp_path, crowdpose), area_of_box=1.0)
+    dataset = open_dataset(write(tmp_path, crowdpose), area_of_box=1.0)
     assert dataset.skeleton == CROWDPOSE
     assert dataset[0].areas.tolist() == [200]
     truth = dataset.ground_truth()
@@ -255,7 +255,7 @@ def test_crowdpose_json(tmp_path, head):
 def test_open_dataset_chooses_by_name(tmp_path, content):
     path = write(tmp_path, content)
     assert len(open_dataset(path, limit=1)) == 1
-    assert isinstance(open_dataset(tmp_path), CocoPoseDataset)
+    assert isinstance(open_dataset(tmp_path), PoseDataset)
     with pytest.raises(InputError, match=r"expected a COCO keypoint \.json"):
         open_dataset(tmp_path / "labels.xml")
     with pytest.raises(InputError, match=r"neither annotations\.json nor data\.yaml"):

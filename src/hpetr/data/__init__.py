@@ -1,6 +1,6 @@
-"""Images and poses: reading, checking, augmenting and batching them."""
+"""Labelled images: read, check, augment and batch them."""
 
-from hpetr.data.annotations import ImageRecord, PoseAnnotations, load_annotations
+from hpetr.data.annotations import ImageRecord, PoseAnnotations
 from hpetr.data.augment import (
     Compose,
     KeepRatioResize,
@@ -12,14 +12,14 @@ from hpetr.data.augment import (
     RandomResize,
     Transform,
 )
+from hpetr.data.coco import load_annotations
 from hpetr.data.collate import PoseCollator
-from hpetr.data.dataset import CocoPoseDataset, DatasetReport, PoseDataset, YoloPoseDataset, open_dataset
+from hpetr.data.dataset import DatasetReport, PoseDataset, open_dataset
 from hpetr.data.sample import Sample
 from hpetr.images.read import load_image
 from hpetr.model.image_processor import HPetrImageProcessor
 
 __all__ = [
-    "CocoPoseDataset",
     "Compose",
     "DatasetReport",
     "HPetrImageProcessor",
@@ -36,7 +36,6 @@ __all__ = [
     "RandomResize",
     "Sample",
     "Transform",
-    "YoloPoseDataset",
     "load_annotations",
     "load_image",
     "open_dataset",

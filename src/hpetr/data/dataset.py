@@ -1,51 +1,50 @@
-"""Datasets of images with poses: COCO and CrowdPose JSON, YOLO-pose, one class for whoever reads them."""
+"""Data sets of images with poses, in any label format."""
 
 from __future__ import annotations
 
 import math
 import os
-from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from hpetr.data.annotations import PoseAnnotations, Problem, raise_first, read_annotations, read_json
+from hpetr.data.annotations import PoseAnnotations, Problem, coco_form, raise_first
+from hpetr.data.readers import read_labels, reader_of, source_file
 from hpetr.data.sample import Sample
-from hpetr.data.yolo import coco_form, read_yolo
 from hpetr.errors import InputError
 from hpetr.images.read import load_image
 from hpetr.poses.skeleton import Skeleton
 
-# What a folder may hold, in the order of the search.
-SOURCE_NAMES = ("annotations.json", "data.yaml")
-
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a dataset holds, and what it leaves out."""
+    """Counts of the content of a data set, and of the parts that training leaves out."""
 
     images: int
     images_without_people: int
     people: int
     people_without_keypoints: int  # ignored regions in training
     crowds: int  # ignored regions in training
-    boxes_without_extent: int  # crowds or people without keypoints that nothing can be done with
+    boxes_without_extent: int  # of crowds or people without keypoints: of no use
     keypoints_outside: int  # labelled outside their image, taken as not labelled
     filled_areas: int  # no `area` in the file: 0.53 times the box
     other_categories: int  # annotations of categories without keypoints, left out
 
     def __str__(self) -> str:
-        """One line: images and people, and of the rest what is not 0."""
+        """Return one line: images and people, and the other counts above 0."""
         counts = ((field.name.replace("_", " "), getattr(self, field.name)) for field in fields(self))
         return ", ".join(f"{count:,} {name}" for name, count in counts if count or name in ("images", "people"))
 
 
 @dataclass(frozen=True)
 class SelectedPeople:
-    """What training uses of `PoseAnnotations`: plain arrays in the order of the images, which worker processes share.
+    """The part of `PoseAnnotations` that training uses, in the order of the images.
 
     Boxes are clipped to their image, keypoints outside it are 0, 0, 0.
     """
@@ -63,7 +62,7 @@ class SelectedPeople:
 def select_people(
     loaded: PoseAnnotations, limit: int | None = None, area_of_box: float | None = None
 ) -> SelectedPeople:
-    """Divide the annotations of the first `limit` images into people, ignored regions and what is of no use."""
+    """Divide the annotations of the first `limit` images into people, ignored regions and useless ones."""
     records = loaded.images[:limit]
     order = np.argsort(loaded.image_index, kind="stable")
     order = order[loaded.image_index[order] < len(records)]
@@ -110,7 +109,7 @@ class ImageSizeError(InputError):
 
 
 def read_image(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8 RGB.
+    """Return (height, width, 3) uint8 RGB.
 
     Raises:
         InputError: the image cannot be read, or (ImageSizeError) is not of the annotated size.
@@ -125,34 +124,30 @@ def read_image(path: str | os.PathLike[str], width: int, height: int) -> np.ndar
 
 
 class PoseDataset(Dataset[Sample]):
-    """Images and the poses in them, whatever form they are stored in; `open_dataset` makes one.
+    """Images and the poses in them; `open_dataset` makes one from a file.
 
     People are annotations with at least one labelled keypoint inside the image; crowds and people without one are
-    the sample's `ignore_boxes`. Images without people are kept: they teach what is no person.
+    the sample's `ignore_boxes`. Images without people are kept: they show background.
 
     Args:
         loaded: annotations without problems.
-        skeleton: overrides the one that the first keypoint category describes.
+        skeleton: replaces the one that the keypoint categories describe.
         limit: only the first `limit` images.
         area_of_box: the area of every person is this share of its box, whatever the file says.
+        ground_truth: returns the value of the method `ground_truth`; None takes the annotations in COCO's form.
 
     Attributes:
         path: the file that describes the data set.
         skeleton: the keypoints.
         category: the first category with keypoints, in COCO's form.
         class_names: names of all categories with keypoints, by class label.
-        report: counts of what is there and what is left out (of other categories and filled areas: in the whole file).
+        report: counts of the content; those of other categories and filled areas are of the whole file.
+        warnings: one line for each kind of probable mistake.
 
     Raises:
         InputError: an image is missing, or the skeleton has another K. On reading a sample: the image is broken or
             not of the annotated size.
     """
-
-    path: Path
-    skeleton: Skeleton
-    category: dict[str, Any]
-    class_names: list[str]
-    report: DatasetReport
 
     def __init__(
         self,
@@ -160,10 +155,13 @@ class PoseDataset(Dataset[Sample]):
         skeleton: Skeleton | None = None,
         limit: int | None = None,
         area_of_box: float | None = None,
+        ground_truth: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
+        if area_of_box is not None and not (math.isfinite(area_of_box) and area_of_box > 0):
+            raise InputError(f"area_of_box is {area_of_box}, expected a positive share of the box")
         raise_first([*loaded.problems, *missing_images(loaded, limit).values()])
         self.path = loaded.path
-        self.category = loaded.category
+        self.category = loaded.categories[0]
         self.class_names = [str(category.get("name", category["id"])) for category in loaded.categories]
         self.skeleton = skeleton_of(loaded) if skeleton is None else skeleton
         if self.skeleton.num_keypoints != loaded.num_keypoints:
@@ -171,6 +169,7 @@ class PoseDataset(Dataset[Sample]):
                 f"{loaded.path}: category {self.category['id']} has {loaded.num_keypoints} keypoints, "
                 f"expected the skeleton's {self.skeleton.num_keypoints}"
             )
+        self._ground_truth = ground_truth or partial(coco_form, loaded)
         records = loaded.images[:limit]
         # Arrays, not lists of objects: worker processes share their memory.
         self._paths = np.array([os.path.join(loaded.root, record.file_name) for record in records])
@@ -178,6 +177,9 @@ class PoseDataset(Dataset[Sample]):
         self._sizes = np.array([(record.width, record.height) for record in records], dtype=np.int64)
         self._people = select_people(loaded, limit, area_of_box)
         self.report = self._people.report
+        examples = {problem.kind: problem.message for problem in reversed(loaded.warnings)}
+        counts = Counter(problem.kind for problem in loaded.warnings)
+        self.warnings = [f"{loaded.path}: {count:,} {kind}, e.g. {examples[kind]}" for kind, count in counts.items()]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -212,84 +214,16 @@ class PoseDataset(Dataset[Sample]):
 
     @property
     def has_people(self) -> np.ndarray:
-        """(N,) bool: whether anybody is annotated in an image, with keypoints or without, a crowd included."""
+        """(N,) bool: the image has annotations, with keypoints or without, crowds included."""
         return np.diff(self._people.starts) > 0
 
-    @abstractmethod
     def ground_truth(self) -> dict[str, Any]:
-        """What evaluation compares with, in COCO's form: `images`, `annotations` and the `categories` with keypoints.
+        """Return the content of a COCO keypoint JSON for evaluation: `images`, `annotations`, keypoint `categories`.
 
-        It is read from the files again, with every number as they have it: nothing is clipped, `area_of_box` has no
-        part in it, and `limit` does not either where the whole is one file.
+        It is read from the files again, with every number as they have it: nothing is clipped and `area_of_box` is
+        ignored, as is `limit` in a format of one file.
         """
-
-
-class CocoPoseDataset(PoseDataset):
-    """A COCO keypoint JSON, CrowdPose's among them, and its images; see `PoseDataset`.
-
-    Args:
-        annotations: the JSON; see `read_annotations` for what is expected of it.
-        images: folder of the images; None takes `images` beside the JSON.
-        skeleton: overrides the one that the JSON's first keypoint category describes.
-        limit: only the first `limit` images of the JSON.
-        area_of_box: the area of every person is this share of its box (CrowdPose training takes 1.0).
-
-    Raises:
-        InputError: the JSON is not valid, an image is missing, or the skeleton has another K.
-    """
-
-    def __init__(
-        self,
-        annotations: str | os.PathLike[str],
-        images: str | os.PathLike[str] | None = None,
-        skeleton: Skeleton | None = None,
-        limit: int | None = None,
-        area_of_box: float | None = None,
-    ) -> None:
-        _check_options(limit, area_of_box)
-        super().__init__(read_annotations(annotations, images), skeleton, limit, area_of_box)
-
-    def ground_truth(self) -> dict[str, Any]:
-        content = read_json(self.path)
-        categories = [category for category in content["categories"] if category.get("keypoints")]
-        kept = {category["id"] for category in categories}
-        return {
-            "images": content["images"],  # whole: CrowdPose's crowdIndex is among their keys
-            "annotations": [item for item in content["annotations"] if item["category_id"] in kept],
-            "categories": categories,
-        }
-
-
-class YoloPoseDataset(PoseDataset):
-    """One split of a YOLO-pose data set; see `PoseDataset`, and `read_yolo` for the format.
-
-    Args:
-        config: the `data.yaml`.
-        split: `train`, `val` or `test`.
-        images: replaces `path`, the root folder of the YAML.
-        skeleton: overrides the one that the YAML describes.
-        limit: only the first `limit` images.
-        area_of_box: the area of every person as a share of its box; None is 0.53.
-
-    Raises:
-        InputError: the YAML or a label is not valid, an image is missing, or the skeleton has another K.
-    """
-
-    def __init__(
-        self,
-        config: str | os.PathLike[str],
-        split: str,
-        images: str | os.PathLike[str] | None = None,
-        skeleton: Skeleton | None = None,
-        limit: int | None = None,
-        area_of_box: float | None = None,
-    ) -> None:
-        _check_options(limit, area_of_box)
-        self._source = (config, split, images, limit)
-        super().__init__(read_yolo(*self._source), skeleton, limit, area_of_box)
-
-    def ground_truth(self) -> dict[str, Any]:
-        return coco_form(read_yolo(*self._source))
+        return self._ground_truth()
 
 
 def open_dataset(
@@ -306,67 +240,43 @@ def open_dataset(
     Args:
         path: `.json` is a COCO or CrowdPose JSON, `.yaml` or `.yml` the data file of YOLO-pose; a folder holds
             `annotations.json` or `data.yaml`.
-        images: folder of the images, see `CocoPoseDataset` and `YoloPoseDataset`.
-        split: which part of a YOLO-pose data set, which needs one; a JSON has none.
+        images: folder of the images. Default: `images` beside the JSON, or the YAML's `path`.
+        split: `train`, `val` or `test` of a YOLO-pose data set, which needs one; a JSON has none.
         skeleton, limit, area_of_box: see `PoseDataset`.
 
     Raises:
         InputError: the path is neither, or the data set is not valid.
     """
     source = source_file(path)
-    check_split(source, split)
-    if split is not None:
-        return YoloPoseDataset(source, split, images, skeleton, limit, area_of_box)
-    return CocoPoseDataset(source, images, skeleton, limit, area_of_box)
-
-
-def is_yolo(source: Path) -> bool:
-    """Whether a file is a YOLO-pose data file, by its suffix."""
-    return source.suffix.lower() in (".yaml", ".yml")
-
-
-def check_split(source: Path, split: str | None) -> None:
-    """A YOLO-pose file needs the name of a split, a JSON has none; else InputError."""
-    if is_yolo(source) and split is None:
-        raise InputError(f"{source}: split is not given, expected train, val or test of a YOLO-pose data set")
-    if not is_yolo(source) and split is not None:
-        raise InputError(f"{source}: split is {split!r}, expected none for a COCO keypoint JSON: it is one split")
-
-
-def source_file(path: str | os.PathLike[str]) -> Path:
-    """The file that describes the data set: the path itself, or what the folder holds.
-
-    Raises:
-        InputError: the path is no JSON, YAML or folder with one.
-    """
-    path = Path(path)
-    if path.is_dir():
-        for name in SOURCE_NAMES:
-            if (path / name).is_file():
-                return path / name
-        raise InputError(f"{path}: the folder has neither {' nor '.join(SOURCE_NAMES)}")
-    if path.suffix.lower() != ".json" and not is_yolo(path):
-        raise InputError(f"{path}: expected a COCO keypoint .json, a YOLO-pose .yaml, or a folder with one")
-    return path
+    ground_truth = partial(reader_of(source).ground_truth, source, images, split, limit)
+    loaded = read_labels(source, images, split, limit)
+    return PoseDataset(loaded, skeleton, limit, area_of_box, ground_truth)
 
 
 def skeleton_of(loaded: PoseAnnotations) -> Skeleton:
-    """The skeleton that the first category describes.
+    """Return the skeleton that the categories describe.
 
     Raises:
-        InputError: names the file, the category and its field.
+        InputError: names the file, the category and its field, or the difference of two categories.
     """
     try:
-        return Skeleton.from_coco_category(loaded.category)
+        first, *others = (Skeleton.from_coco_category(category) for category in loaded.categories)
     except InputError as error:
         raise InputError(f"{loaded.path}: {error}") from error
+    for category, other in zip(loaded.categories[1:], others, strict=True):
+        if (difference := other.difference(first)) is not None:
+            pair = f"categories {category['id']} and {loaded.categories[0]['id']}"
+            raise InputError(
+                f"{loaded.path}: {pair} differ in their keypoints ({difference}), expected the same for all"
+            )
+    return first
 
 
 def missing_images(loaded: PoseAnnotations, limit: int | None = None) -> dict[int, Problem]:
-    """The first `limit` images that are no files, by index.
+    """Return the problems of those of the first `limit` images that are no files, by index.
 
     Raises:
-        InputError: there is no folder of images at all.
+        InputError: the folder of images is missing.
     """
     if not loaded.root.is_dir():
         raise InputError(f"{loaded.root}: no such folder, expected the images of {loaded.path}")
@@ -377,7 +287,7 @@ def missing_images(loaded: PoseAnnotations, limit: int | None = None) -> dict[in
         folder, name = os.path.split(path)
         if folder not in listings:  # one listing of a folder, not a question for each of 100,000 images
             listings[folder] = _files_in(folder)
-        # A file system that ignores case has files under other names than it lists.
+        # A file system that ignores case has files under names that it does not list.
         if name not in listings[folder] and not os.path.isfile(path):
             text = f"image {record.id}: 'file_name' {record.file_name!r}: no image {path}"
             missing[index] = Problem("missing image", f"{loaded.path}: {text}")
@@ -390,10 +300,3 @@ def _files_in(folder: str) -> set[str]:
             return {entry.name for entry in entries if entry.is_file()}
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return set()
-
-
-def _check_options(limit: int | None, area_of_box: float | None) -> None:
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}, expected at least 1 image")
-    if area_of_box is not None and not (math.isfinite(area_of_box) and area_of_box > 0):
-        raise InputError(f"area_of_box is {area_of_box}, expected a positive share of the box")

@@ -1,16 +1,17 @@
-"""Sigmas of OKS from people that were labelled several times."""
+"""Sigmas of OKS, estimated from people that were labelled several times."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
-from hpetr.data.annotations import PoseAnnotations, load_annotations
-from hpetr.errors import InputError
+from hpetr.data.annotations import PoseAnnotations
+from hpetr.data.coco import load_annotations
+from hpetr.errors import InputError, needs_extra
 
 MIN_PAIRS = 10
 MIN_IOU = 0.5
@@ -24,7 +25,7 @@ class SigmaEstimate:
         names: K keypoint names.
         sigmas: K numbers or None: fewer than 10 pairs, or every repeated label the same.
         pairs: K counts of repeated labels: a keypoint labelled m times counts m - 1.
-        people: how many people were labelled at least twice.
+        people: the number of people that were labelled at least twice.
     """
 
     names: tuple[str, ...]
@@ -34,7 +35,7 @@ class SigmaEstimate:
 
 
 def estimate_sigmas(files: Sequence[str | os.PathLike[str]]) -> SigmaEstimate:
-    """The spread of repeated labels, as COCO measured its own sigmas on 5,000 images that were labelled twice.
+    """Measure the spread of repeated labels, as COCO did for its own sigmas on 5,000 images that were labelled twice.
 
     COCO's keypoint evaluation (cocodataset.org, Keypoint Evaluation, 1.3) defines sigma_k^2 = E[d_k^2 / s^2] with s^2
     the person's area and sigma_k the standard deviation of a keypoint's labels; OKS then uses k_k = 2 sigma_k, which
@@ -47,14 +48,15 @@ def estimate_sigmas(files: Sequence[str | os.PathLike[str]]) -> SigmaEstimate:
             first file are matched with those of each other one by the boxes of best IoU, at least 0.5, one to one.
 
     Raises:
-        InputError: fewer than two files, files that do not fit together, or nobody who was labelled twice.
+        InputError: fewer than two files, files that do not fit together, no person that was labelled twice, or scipy is
+            missing.
     """
     if len(files) < 2:
         raise InputError("sigmas: expected at least two COCO keypoint JSONs with labels of the same images")
     first, *others = (load_annotations(file) for file in files)
-    names = tuple(first.category["keypoints"])
+    names = tuple(first.categories[0]["keypoints"])
     for other in others:
-        if tuple(other.category["keypoints"]) != names:
+        if tuple(other.categories[0]["keypoints"]) != names:
             raise InputError(f"{other.path}: its keypoint names are not those of {first.path}")
     count = len(first.ids)
     labels = [first.keypoints, *(np.zeros_like(first.keypoints) for _ in others)]
@@ -90,33 +92,33 @@ def estimate_sigmas(files: Sequence[str | os.PathLike[str]]) -> SigmaEstimate:
 
 
 def match_people(first: PoseAnnotations, other: PoseAnnotations) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `first` and of `other`, one to one, that are the same person: see `estimate_sigmas`."""
-    by_name: dict[str, list[int]] = {}
-    for row in _people(other):
-        by_name.setdefault(other.images[other.image_index[row]].file_name, []).append(row)
-    of_first: dict[str, list[int]] = {}
-    for row in _people(first):
-        of_first.setdefault(first.images[first.image_index[row]].file_name, []).append(row)
-    mine: list[int] = []
-    theirs: list[int] = []
-    for name, rows in of_first.items():
-        candidates = by_name.get(name, [])
-        iou = box_iou(first.boxes[rows], other.boxes[candidates])
-        iou[first.class_labels[rows][:, None] != other.class_labels[candidates]] = 0
-        for i, j in zip(*linear_sum_assignment(-iou), strict=True):
-            if iou[i, j] >= MIN_IOU:
-                mine.append(rows[i])
-                theirs.append(candidates[j])
-    return np.array(mine, dtype=np.int64), np.array(theirs, dtype=np.int64)
+    """Return rows of `first` and of `other`, one to one, that are the same person: see `estimate_sigmas`."""
+    with needs_extra("train", "data sigmas"):
+        from scipy.optimize import linear_sum_assignment
+
+    candidates = _people_by_image(other)
+    pairs: list[tuple[int, int]] = []
+    for name, rows in _people_by_image(first).items():
+        others = candidates[name]
+        iou = box_iou(first.boxes[rows], other.boxes[others])
+        iou[first.class_labels[rows][:, None] != other.class_labels[others]] = 0
+        pairs += [
+            (rows[i], others[j]) for i, j in zip(*linear_sum_assignment(-iou), strict=True) if iou[i, j] >= MIN_IOU
+        ]
+    mine, theirs = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return mine, theirs
 
 
-def _people(loaded: PoseAnnotations) -> list[int]:
+def _people_by_image(loaded: PoseAnnotations) -> defaultdict[str, list[int]]:
     labelled = (loaded.keypoints[..., 2] > 0).any(axis=1)
-    return np.flatnonzero(labelled & ~loaded.is_crowd).tolist()
+    rows: defaultdict[str, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(labelled & ~loaded.is_crowd).tolist():
+        rows[loaded.images[loaded.image_index[row]].file_name].append(row)
+    return rows
 
 
 def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(n, 4) and (m, 4) boxes x1, y1, x2, y2 -> (n, m)."""
+    """Return the IoU (n, m) of boxes (n, 4) and (m, 4), x1, y1, x2, y2."""
     corner = np.maximum(first[:, None, :2], second[None, :, :2])
     far_corner = np.minimum(first[:, None, 2:], second[None, :, 2:])
     common = (far_corner - corner).clip(0).prod(-1)  # (n, m)

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngImageFile
 
-from hpetr.data.annotations import AREA_OF_BOX, ImageRecord, PoseAnnotations, ProblemLog, RowCheck, short
+from hpetr.data.annotations import (
+    AREA_OF_BOX,
+    ImageRecord,
+    PoseAnnotations,
+    Problem,
+    ProblemLog,
+    RowCheck,
+    coco_form,
+    raise_first,
+    short,
+)
 from hpetr.errors import InputError
-from hpetr.images.read import load_image
+from hpetr.images.read import is_image, load_image
 from hpetr.poses.skeleton import COCO, is_text
 
 SPLITS = ("train", "val", "test")
-# A coordinate this far outside 0..1 is in pixels or of another format; one that is nearer overhangs the image.
+# A coordinate this far outside 0..1 is in pixels or of another format; a nearer one overhangs the image.
 FAR_OUTSIDE = 1.0
 
 
 @dataclass(frozen=True)
 class YoloConfig:
-    """What a `data.yaml` says; `splits` gives each split's entries, folders of images or `.txt` lists of them."""
+    """The content of a `data.yaml`."""
 
     path: Path
     root: Path
-    splits: dict[str, list[str]]
+    splits: dict[str, list[str]]  # each split's entries: folders of images or `.txt` lists of them
     categories: list[dict[str, Any]]  # in COCO's form, one for each class
     num_keypoints: int
     dimensions: int  # numbers of a keypoint in a label: 2, x and y, or 3, with visibility
@@ -41,17 +52,20 @@ class YoloAnnotations(PoseAnnotations):
 
     lines: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (A,) line of the label file
 
-    def file_of(self, row: int) -> str:
-        return label_file(os.path.join(self.root, self.images[self.image_index[row]].file_name))
+    def place(self, row: int) -> str:
+        """Return the label file and the line of annotation `row`."""
+        image = os.path.join(self.root, self.images[self.image_index[row]].file_name)
+        return f"{label_file(image)}: {self.position(row)}"
 
     def position(self, row: int) -> str:
+        """Return the line of annotation `row` in its label file."""
         return f"line {self.lines[row]}"
 
 
 def read_yolo(
     path: str | os.PathLike[str],
-    split: str,
     images: str | os.PathLike[str] | None = None,
+    split: str = "train",
     limit: int | None = None,
 ) -> YoloAnnotations:
     """Read one split of a YOLO-pose data set and collect its problems.
@@ -63,33 +77,32 @@ def read_yolo(
 
     Args:
         path: the `data.yaml`; see `read_yolo_config`.
-        split: `train`, `val` or `test`.
         images: replaces the YAML's `path`.
+        split: `train`, `val` or `test`.
         limit: only the first `limit` images, folders in the order of the paths.
 
     Returns:
-        What is right, in pixels; what is not is in `problems`.
+        The valid labels, in pixels, and the problems of the others in `problems`.
 
     Raises:
-        InputError: nothing can be said about the labels: the YAML is not valid, or there are no images.
+        InputError: the YAML is not valid, or there are no images.
     """
     config = read_yolo_config(path, images)
-    paths = list_images(config, split)[:limit]
-    log = ProblemLog()
+    every = list_images(config, split)
+    paths, log = every[:limit], ProblemLog()
     width = 5 + config.num_keypoints * config.dimensions
     with ThreadPoolExecutor() as pool:
         parts = list(pool.map(lambda image: _read_image_and_labels(image, width), paths))
-    if not any(part.labelled for part in parts):
+    unlabelled = [image for image, part in zip(paths, parts, strict=True) if not part.labelled]
+    if len(unlabelled) == len(parts):
         expected = f"e.g. {label_file(paths[0])}"
         log.add("no labels", f"{config.path}: '{split}'", f"no image has a label file, expected {expected}")
     records: list[ImageRecord] = []
     kept: list[_Part] = []
     for number, (image, part) in enumerate(zip(paths, parts, strict=True), start=1):
-        for kind, where, text in part.problems:
-            log.add(kind, where, text)
+        log.problems += part.problems
         if part.size is not None:
-            relative = image.removeprefix(os.path.join(config.root, ""))
-            records.append(ImageRecord(number, relative, *part.size))
+            records.append(ImageRecord(number, image.removeprefix(os.path.join(config.root, "")), *part.size))
             kept.append(part)
     return YoloAnnotations(
         path=config.path,
@@ -97,36 +110,29 @@ def read_yolo(
         images=records,
         categories=config.categories,
         **_rows_to_arrays(config, paths, records, kept, log),
-        other_categories=0,
         problems=log.problems,
+        warnings=list(_label_warnings(every, unlabelled)),
     )
 
 
-def coco_form(loaded: PoseAnnotations) -> dict[str, Any]:
-    """The annotations as the content of a COCO keypoint JSON."""
-    annotations = []
-    for row, (box, keypoints) in enumerate(zip(loaded.boxes.astype(np.float64), loaded.keypoints, strict=True)):
-        annotations.append(
-            {
-                "id": int(loaded.ids[row]),
-                "image_id": loaded.images[loaded.image_index[row]].id,
-                "category_id": loaded.categories[loaded.class_labels[row]]["id"],
-                "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
-                "area": float(loaded.areas[row]),
-                "iscrowd": int(loaded.is_crowd[row]),
-                "num_keypoints": int((keypoints[:, 2] > 0).sum()),
-                "keypoints": keypoints.ravel().tolist(),
-            }
-        )
-    images = [
-        {"id": record.id, "file_name": record.file_name, "width": record.width, "height": record.height}
-        for record in loaded.images
-    ]
-    return {"images": images, "annotations": annotations, "categories": loaded.categories}
+def read_yolo_ground_truth(*source: Any) -> dict[str, Any]:
+    """Read one split as the content of a COCO keypoint JSON; the arguments of `read_yolo`.
+
+    Raises:
+        InputError: a label is not valid, or see `read_yolo`.
+    """
+    loaded = read_yolo(*source)
+    raise_first(loaded.problems)
+    return coco_form(loaded)
+
+
+def yolo_splits(path: Path, images: str | os.PathLike[str] | None = None) -> list[str]:
+    """Return the names of the splits that a `data.yaml` describes."""
+    return list(read_yolo_config(path, images).splits)
 
 
 def label_file(image: str) -> str:
-    """Where the labels of an image are."""
+    """Return the path of an image's labels."""
     folder, name = os.path.split(image)
     parts = list(Path(folder).parts)
     if "images" in parts:
@@ -140,18 +146,18 @@ def label_file(image: str) -> str:
 def read_yolo_config(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> YoloConfig:
     """Read a `data.yaml`.
 
-    Keys: `path`, the root folder (relative to the YAML; default: where the YAML is); `train`, `val`, `test`, each a
+    Keys: `path`, the root folder (relative to the YAML; default: the YAML's); `train`, `val`, `test`, each a
     folder of images, a `.txt` that lists images, or a list of those, relative to the root; `names`, the classes;
     `kpt_shape: [K, 2 or 3]`; optional `flip_idx`, `kpt_names` (a list, or one for each class), and, for hpetr alone,
     `skeleton` (pairs of 0-based indices) and `sigmas`. Without `kpt_names`, 17 keypoints with COCO's `flip_idx` are
-    COCO's. Other keys are not looked at.
+    COCO's. Other keys are ignored.
 
     Args:
         path: the YAML.
         images: replaces `path`.
 
     Raises:
-        InputError: names the file, the key and what was expected.
+        InputError: names the file, the key and the expected value.
     """
     path = Path(path)
     values = _read_yaml(path)
@@ -164,15 +170,17 @@ def read_yolo_config(path: str | os.PathLike[str], images: str | os.PathLike[str
     splits = {}
     for split in SPLITS:
         entries = values.get(split)
-        if entries:
+        if entries not in (None, ""):
             entries = [entries] if isinstance(entries, str) else entries
             if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
                 raise InputError(f"{path}: '{split}' is {short(entries)}, expected a folder, a .txt or a list of them")
             splits[split] = entries
     shared: dict[str, Any] = {}
     edges = _get(path, values, "skeleton", list, "pairs of keypoint indices", [])
-    if not all(isinstance(e, list) and len(e) == 2 and all(type(i) is int for i in e) for e in edges):
-        raise InputError(f"{path}: 'skeleton' is {short(edges)}, expected pairs of 0-based keypoint indices")
+    for edge in edges:
+        if not isinstance(edge, list) or len(set(edge)) != 2 or not set(edge) <= set(range(num_keypoints)):
+            expected = f"expected pairs of different indices in 0..{num_keypoints - 1}"
+            raise InputError(f"{path}: 'skeleton' has {short(edge)}, {expected}")
     if edges:
         shared["skeleton"] = [[first + 1, second + 1] for first, second in edges]  # COCO counts from 1
     for key in ("flip_idx", "sigmas"):
@@ -187,6 +195,8 @@ def read_yolo_config(path: str | os.PathLike[str], images: str | os.PathLike[str
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # the readers of other formats need no YAML
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -223,7 +233,7 @@ def _class_names(path: Path, values: dict[str, Any]) -> list[str]:
 
 
 def _keypoint_names(path: Path, values: dict[str, Any], num_keypoints: int, classes: int) -> list[list[str]]:
-    """The keypoint names of each class."""
+    """Return the keypoint names of each class."""
     given = values.get("kpt_names")
     if given is None:
         is_coco = num_keypoints == COCO.num_keypoints and values.get("flip_idx") == COCO.flip_index
@@ -241,7 +251,7 @@ def _keypoint_names(path: Path, values: dict[str, Any], num_keypoints: int, clas
 
 
 def list_images(config: YoloConfig, split: str) -> list[str]:
-    """The paths of a split's images: those under its folders (hidden files left out) by path, lists in their order.
+    """Return the paths of a split's images: folders' (without hidden files) sorted, lists' in their order.
 
     Raises:
         InputError: the YAML has no such split, or an entry leads to no images.
@@ -252,8 +262,11 @@ def list_images(config: YoloConfig, split: str) -> list[str]:
     images: list[str] = []
     for entry in config.splits[split]:
         place = os.path.join(config.root, entry)
+        if not os.path.exists(place) and entry.startswith("../"):
+            # Roboflow's files say ../train/images, which is train/images beside them.
+            place = os.path.join(config.root, entry.removeprefix("../"))
         if os.path.isdir(place):
-            found = _images_under(place)
+            found = sorted(_images_under(place))
         elif os.path.isfile(place) and place.lower().endswith(".txt"):
             found = _images_listed(place)
         else:
@@ -264,21 +277,15 @@ def list_images(config: YoloConfig, split: str) -> list[str]:
     return images
 
 
-def _images_under(folder: str) -> list[str]:
-    from hpetr.images.read import IMAGE_SUFFIXES  # that module imports this package
-
-    found = []
+def _images_under(folder: str) -> Iterable[str]:
     for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                found.append(os.path.join(parent, name))
-    return sorted(found)
+        yield from (os.path.join(parent, name) for name in names if name[0] != "." and is_image(name))
 
 
 def _images_listed(file: str) -> list[str]:
-    """One path a line, relative to the list."""
+    """Return the paths of a list, one a line and relative to the list."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}), expected a path of an image in each line") from error
     return [os.path.normpath(os.path.join(os.path.dirname(file), line.strip())) for line in lines if line.strip()]
@@ -289,66 +296,56 @@ def _images_listed(file: str) -> list[str]:
 
 @dataclass
 class _Part:
-    """What one image and its label file hold."""
+    """The content of one image's header and of its label file."""
 
     size: tuple[int, int] | None = None  # width, height; None: not readable
     labelled: bool = False  # there is a label file
     numbers: np.ndarray | None = None  # (n, 5 + K * dimensions) float64
     lines: list[int] = field(default_factory=list)
-    problems: list[tuple[str, str, str]] = field(default_factory=list)  # kind, where, text
+    problems: list[Problem] = field(default_factory=list)
 
 
 def _read_image_and_labels(image: str, width: int) -> _Part:
-    part = _Part()
+    part, log = _Part(), ProblemLog()
+    part.problems = log.problems
     try:
         part.size = image_size(image)
     except InputError as error:
-        missing = not os.path.exists(image)
-        part.problems.append(("missing image" if missing else "unreadable image", image, _reason(error, image)))
+        kind = "unreadable image" if os.path.exists(image) else "missing image"
+        part.problems.append(Problem(kind, str(error)))
     file = label_file(image)
     try:
         with open(file, encoding="utf-8-sig", errors="replace") as stream:
-            rows = [line.split() for line in stream]
+            rows = {number: row for number, line in enumerate(stream, start=1) if (row := line.split())}
     except FileNotFoundError:
         return part
     except OSError as error:
-        part.problems.append(("unreadable labels", file, f"cannot be read ({error.strerror})"))
+        log.add("unreadable labels", file, f"cannot be read ({error.strerror})")
         return part
     part.labelled = True
-    part.lines = [number for number, row in enumerate(rows, start=1) if row]
-    rows = [row for row in rows if row]
     try:
-        part.numbers = np.array(rows, dtype=np.float64).reshape(len(rows), width)
-    except ValueError:
-        _read_lines(part, file, rows, width)
-    return part
-
-
-def _reason(error: InputError, image: str) -> str:
-    return str(error).removeprefix(f"{image}: ")
-
-
-def _read_lines(part: _Part, file: str, rows: list[list[str]], width: int) -> None:
-    """Line by line, where the whole file is no table of numbers."""
-    kept = []
-    for number, row in zip(part.lines, rows, strict=True):
+        part.numbers, part.lines = np.array([*rows.values()], dtype=np.float64).reshape(len(rows), width), [*rows]
+        return part
+    except ValueError:  # the file is no table of numbers: line by line
+        kept = {}
+    for number, row in rows.items():
+        where = f"{file}: line {number}"
         if len(row) != width:
             text = f"{len(row)} numbers, expected {width}: class cx cy w h and the keypoints of kpt_shape"
-            part.problems.append(("wrong number of values", f"{file}: line {number}", text))
+            log.add("wrong number of values", where, text)
             continue
         try:
-            kept.append((number, [float(value) for value in row]))
+            kept[number] = [float(value) for value in row]
         except ValueError:
-            text = f"{short(' '.join(row))}, expected numbers"
-            part.problems.append(("not finite numbers", f"{file}: line {number}", text))
-    part.lines = [number for number, _ in kept]
-    part.numbers = np.array([values for _, values in kept], dtype=np.float64).reshape(-1, width)
+            log.add("not finite numbers", where, f"{short(' '.join(row))}, expected numbers")
+    part.numbers, part.lines = np.array([*kept.values()], dtype=np.float64).reshape(-1, width), [*kept]
+    return part
 
 
 def _rows_to_arrays(
     config: YoloConfig, images: list[str], records: list[ImageRecord], parts: list[_Part], log: ProblemLog
 ) -> dict[str, Any]:
-    """The arrays of `YoloAnnotations`, of labels without a problem."""
+    """Return the arrays of `YoloAnnotations`, of labels without a problem."""
     count, dimensions = config.num_keypoints, config.dimensions
     tables = [np.zeros((0, 5 + count * dimensions)) if part.numbers is None else part.numbers for part in parts]
     numbers = np.concatenate([*tables, np.zeros((0, 5 + count * dimensions))])  # (A, 5 + K * dimensions)
@@ -356,10 +353,7 @@ def _rows_to_arrays(
     image_index = np.repeat(np.arange(len(parts)), np.array([len(table) for table in tables], dtype=np.int64))
     boxes = numbers[:, 1:5]
     points = numbers[:, 5:].reshape(-1, count, dimensions)
-    if dimensions == 2:
-        visibility = 2.0 * (points != 0).any(axis=2)
-    else:
-        visibility = points[..., 2]
+    visibility: np.ndarray = points[..., 2] if dimensions == 3 else 2.0 * (points != 0).any(axis=2)
     labelled = (visibility > 0).any(axis=1)
 
     def place(row: int) -> str:
@@ -375,9 +369,12 @@ def _rows_to_arrays(
     check.extent(boxes[:, 2:], labelled, lambda row: f"box of {boxes[row, 2]:g} x {boxes[row, 3]:g}")
     xy = np.where(visibility[..., None] > 0, points[..., :2], 0)
     coordinates = np.concatenate([boxes, xy.reshape(-1, 2 * count)], axis=1)  # (A, 4 + 2 K)
-    far = check.finite & (np.abs(coordinates - 0.5) > 0.5 + FAR_OUTSIDE).any(axis=1)
+    distance = np.abs(coordinates - 0.5)
+    far = check.finite & (distance > 0.5 + FAR_OUTSIDE).any(axis=1)
     shares = "expected shares of the image's width and height, 0..1"
-    check.refuse(far, "not normalized", lambda row: f"coordinate {_furthest(coordinates[row]):g}, {shares}")
+    check.refuse(
+        far, "not normalized", lambda row: f"coordinate {coordinates[row, distance[row].argmax()]:g}, {shares}"
+    )
 
     kept = ~check.wrong
     scale = np.array([(record.width, record.height) for record in records], dtype=np.float64).reshape(-1, 2)
@@ -398,19 +395,38 @@ def _rows_to_arrays(
     }
 
 
-def _furthest(coordinates: np.ndarray) -> float:
-    return float(coordinates[np.abs(coordinates - 0.5).argmax()])
+def _label_warnings(images: Sequence[str], unlabelled: Sequence[str]) -> Iterable[Problem]:
+    """Find images without a label file, label files without an image, and labels of two images."""
+    for image in unlabelled:
+        beside = os.path.splitext(image)[0] + ".txt"
+        elsewhere = f"; {beside} is not read" if os.path.isfile(beside) else ""
+        text = f"{image}: taken as background, expected {label_file(image)}{elsewhere}"
+        yield Problem("images without a label file", text)
+    places = Counter(label_file(image) for image in images)
+    for file, uses in places.items():
+        if uses > 1 and os.path.isfile(file):
+            yield Problem("label files of several images", f"{file}: is read for {uses} images of one name")
+    # All images beside those of the split count: a list may leave some out.
+    for folder in dict.fromkeys(os.path.dirname(image) for image in images):
+        labels = os.path.dirname(label_file(os.path.join(folder, "image")))
+        if labels == folder or not os.path.isdir(labels) or not os.path.isdir(folder):
+            continue
+        known = {os.path.basename(label_file(name)) for name in os.listdir(folder) if is_image(name)}
+        for name in sorted(set(os.listdir(labels)) - known - {"classes.txt"}):
+            if name.lower().endswith(".txt"):
+                text = f"{os.path.join(labels, name)}: is not read, expected an image of its name in {folder}"
+                yield Problem("label files without an image", text)
 
 
 # --- sizes
 
-# Formats whose header tells everything; for others the image is read.
+# Formats whose header has size and orientation; images of others are decoded.
 _HEADER_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of what `load_image` gives, EXIF orientation applied, mostly without decoding the image.
+    """Return (width, height) of the image that `load_image` returns, mostly without decoding it.
 
     Raises:
         InputError: the file is no image; see `load_image`.
@@ -418,31 +434,15 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             if image.format in _HEADER_FORMATS:
-                width, height = image.size
-                return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
-    except Exception:  # load_image says what is wrong
+                # Pillow decodes a PNG for its own getexif: metadata may follow the pixels.
+                decoded = image.format == "PNG" and _has_late_metadata(Path(path).read_bytes())
+                exif = image.getexif() if decoded else Image.Image.getexif(image)
+                return image.size[::-1] if exif.get(ExifTags.Base.Orientation, 1) in _SIDEWAYS else image.size
+    except Exception:  # load_image raises the error that names the fault
         pass
     height, width = load_image(path).shape[:2]
     return width, height
 
 
-def _orientation(image: Image.Image) -> int:
-    if isinstance(image, PngImageFile) and not _has_late_chunks(image):
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own would decode the image
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def _has_late_chunks(image: PngImageFile) -> bool:
-    """Whether a PNG has metadata behind its pixels, where `Image.open` does not look."""
-    stream = image.fp
-    if stream is None:
-        return True
-    stream.seek(8)
-    behind = False
-    while len(head := stream.read(8)) == 8:
-        kind = head[4:]
-        if behind and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-            return True
-        behind = behind or kind == b"IDAT"
-        stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    return False
+def _has_late_metadata(png: bytes) -> bool:
+    return re.search(rb"eXIf|iTXt|tEXt|zTXt", png[png.find(b"IDAT") :]) is not None
