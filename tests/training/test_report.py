@@ -57,9 +57,9 @@ def cell(page: str, head: str) -> list[str]:
 def test_report_is_remade_from_a_runs_folder(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
-    figures = {name: 0.01 * (i + 1) for i, name in enumerate(METRICS)}
+    metrics = {name: 0.01 * (i + 1) for i, name in enumerate(METRICS)}
     lines = [training_line(step, step_seconds=0.5 * step) for step in (1, 2, 3)]
-    evaluations = [{"step": 2, **figures, "AP": 0.5}, {"step": 3, **figures, "APM": -1.0}]
+    evaluations = [{"step": 2, **metrics, "AP": 0.5}, {"step": 3, **metrics, "APM": -1.0}]
     write_log(run, *lines, *evaluations, {"step": 3, "train_runtime": 4020.0, "epoch": 3.0})
     recipe = make_recipe(run, f"data.val={{annotations: {TINY}, limit: 2}}", "data.train.0.repeat=3")
     write_recipe(recipe)

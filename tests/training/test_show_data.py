@@ -4,9 +4,10 @@ import pytest
 from PIL import Image
 
 from hpetr.errors import InputError
+from hpetr.poses.draw import MIDDLE
 from hpetr.poses.skeleton import COCO
 from hpetr.training.recipe import Recipe
-from hpetr.training.show_data import LEFT, MIDDLE, PADDING, RIGHT, _cell, write_grid
+from hpetr.training.show_data import LEFT, PADDING, RIGHT, _cell, write_grid
 from paths import TINY
 
 ANNOTATIONS = TINY / "annotations.json"
@@ -90,7 +91,7 @@ def test_long_and_foreign_names_fit():
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("a.gif", {}, r"a\.gif: expected a name that ends in \.jpeg, \.jpg, \.png"),
+        ("a.gif", {}, r"a\.gif: expected a file to write that ends in \.jpg or \.jpeg or \.png"),
         ("a.png", {"images": 0}, "at least 1 image"),
         ("a.png", {"seed": -1}, "seed of at least 0"),
     ],
@@ -99,3 +100,13 @@ def test_bad_arguments(tmp_path, name, arguments, message):
     with pytest.raises(InputError, match=message):
         write_grid(make_recipe(), tmp_path / name, **arguments)
     assert not (tmp_path / name).exists()
+
+
+def test_an_image_of_the_data_is_not_replaced(tmp_path):
+    output = tmp_path / "linked.jpg"
+    image = next((TINY / "images").iterdir())
+    before = image.read_bytes()
+    output.symlink_to(image)
+    with pytest.raises(InputError, match=r"linked\.jpg: is one of the inputs"):
+        write_grid(make_recipe(), output)
+    assert image.read_bytes() == before

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from string import Template
+from typing import Any
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 from hpetr.checkpoints.folder import load_checkpoint
+from hpetr.data.dataset import PoseDataset
+from hpetr.data.sample import Sample
 from hpetr.errors import InputError
 from hpetr.evaluation.info import environment_info
 from hpetr.images.files import write_bytes
+from hpetr.images.read import encode_image
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
@@ -29,15 +34,10 @@ from hpetr.training.data import open_data
 from hpetr.training.recipe import Recipe, load_recipe, recipe_yaml
 from hpetr.training.run import LOG, RECIPE
 
-if TYPE_CHECKING:
-    from hpetr.data.dataset import PoseDataset
-    from hpetr.data.sample import Sample
-
 REPORT = "report.html"
 # Of a training line of the log; every other number in it is a term of the loss.
 NOT_A_TERM = {"step", "epoch", "loss", "grad_norm", "learning_rate", "step_seconds"}
-NOT_A_FIGURE = {"step", "epoch"}  # of an evaluation's line
-CURVE_POINTS = 200  # more than these cannot be told apart at the width of a curve
+CURVE_POINTS = 200  # more cannot be told apart at the width of a curve
 SAMPLE_SIDE = 640  # pixels, the longer side of each half of a sample image
 GAP = 8
 # Middle tones: curves have no background of their own and must read on white as on black.
@@ -47,11 +47,13 @@ COLORS = ("#3b82d6", "#e0662f", "#2e9f6b", "#c2479b", "#b58a14", "#7c6bdb", "#17
 
 @dataclass(frozen=True)
 class RunLog:
-    """What `log.jsonl` of a run says, in its order.
+    """The lines of a run's `log.jsonl`, in its order.
 
     Attributes:
-        training: lines with a `loss`. evaluations: lines with an `AP`. summaries: lines that end a start of the run.
-        unreadable: lines that are no JSON object with a step; a killed run can leave one.
+        training: lines with a `loss`.
+        evaluations: lines with an `AP`.
+        summaries: lines that end a start of the run.
+        unreadable: number of lines that are no JSON object with a step; a killed run can leave one.
     """
 
     training: list[dict[str, Any]]
@@ -61,13 +63,8 @@ class RunLog:
 
     @property
     def terms(self) -> list[str]:
-        """Names of the loss terms, in the order they first appear."""
+        """Names of the loss terms, in the order of their first lines."""
         return list(dict.fromkeys(name for line in self.training for name in line if name not in NOT_A_TERM))
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The evaluation with the highest AP, the first of equals."""
-        return max(self.evaluations, key=lambda line: line["AP"])
 
 
 def read_log(path: Path) -> RunLog:
@@ -80,22 +77,18 @@ def read_log(path: Path) -> RunLog:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}), expected the log of a training run") from None
-    log = RunLog([], [], [], 0)
+    kinds: dict[str, list[dict[str, Any]]] = {"AP": [], "loss": [], "train_runtime": []}
     unreadable = 0
     for row in text.splitlines():
         try:
             line = json.loads(row)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or "step" not in line:
+            _ = line["step"]
+        except (ValueError, TypeError, LookupError):
             unreadable += 1
-        elif "AP" in line:
-            log.evaluations.append(line)
-        elif "loss" in line:
-            log.training.append(line)
-        elif "train_runtime" in line:
-            log.summaries.append(line)
-    return RunLog(log.training, log.evaluations, log.summaries, unreadable)
+            continue
+        if kind := next((kind for kind in kinds if kind in line), None):
+            kinds[kind].append(line)
+    return RunLog(kinds["loss"], kinds["AP"], kinds["train_runtime"], unreadable)
 
 
 def draw_samples(
@@ -105,11 +98,11 @@ def draw_samples(
     count: int = 8,
     threshold: float | None = None,
 ) -> list[tuple[str, np.ndarray]]:
-    """The first images of a data set, the labels on the left and the model's poses on the right.
+    """Draw the first images of a data set, the labels on the left and the model's poses on the right.
 
     Args:
-        model: left in the mode (train or eval) it came in.
-        count: how many images, at most.
+        model: its mode (train or eval) stays.
+        count: maximum number of images.
         threshold: only poses with a higher score are drawn; None takes the processor's.
 
     Returns:
@@ -127,10 +120,10 @@ def draw_samples(
             sample = dataset[index]
             found = predict_batch(model, processor, [sample.image], limit)[0]
             labelled = _labels_as_result(sample, found)
-            halves = [_shrink(poses.draw(sample.image)) for poses in (labelled, found)]
-            gap = np.full((len(halves[0]), GAP, 3), 128, np.uint8)
+            left, right = (_shrink(poses.draw(sample.image)) for poses in (labelled, found))
+            gap = np.full((len(left), GAP, 3), 128, np.uint8)
             counts = f"{len(labelled)} labelled, {len(found)} found with a score above {limit:g}"
-            samples.append((f"{sample.path.name}: {counts}", np.hstack([halves[0], gap, halves[1]])))
+            samples.append((f"{sample.path.name}: {counts}", np.hstack([left, gap, right])))
     finally:
         model.train(was_training)
     return samples
@@ -148,12 +141,10 @@ def _labels_as_result(sample: Sample, found: PoseResult) -> PoseResult:
     )
 
 
-def _shrink(image: np.ndarray) -> np.ndarray:
-    scale = SAMPLE_SIDE / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+def _shrink(pixels: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.BOX)
+    return np.asarray(image)
 
 
 def write_report(
@@ -161,14 +152,15 @@ def write_report(
     recipe: Recipe,
     train: Sequence[PoseDataset],
     val: PoseDataset | None,
-    samples: Sequence[tuple[str, np.ndarray]],
+    samples: Iterable[tuple[str, np.ndarray]],
 ) -> Path:
     """Write `report.html` from the folder's `log.jsonl`, whole or not at all.
 
     Args:
         folder: of the run.
         recipe: that the run followed.
-        train: the data sets of `recipe.data.train`, in its order. val: that of `recipe.data.val`.
+        train: the data sets of `recipe.data.train`, in its order.
+        val: the data set of `recipe.data.val`.
         samples: captions and images (H, W, 3) uint8 RGB, see `draw_samples`.
 
     Returns:
@@ -178,29 +170,29 @@ def write_report(
         InputError: the folder has no log, or the report cannot be written.
     """
     log = read_log(folder / LOG)
-    values = recipe_yaml(recipe)
-    images = [_figure(caption, _jpeg_uri(image), "wide") for caption, image in samples]
-    page = [
-        f"<h1>{html.escape(recipe.model.preset)}</h1>",
-        f"<p class=note>Training report of {html.escape(str(folder))}</p>",
+    images = [_figure("wide", text, encode_image(image, ".jpg"), "jpeg", caption=True) for text, image in samples]
+    parts = [
+        f"<h1>{escape(recipe.model.preset)}</h1>",
+        f"<p class=note>Training report of {escape(str(folder))}</p>",
         _table(_run_rows(recipe, log, train, val)),
         "<h2>Average precision</h2>",
         _metrics_table(log, val is not None),
         "<h2>Curves</h2>",
         _curves(log),
-        "<h2>Samples: labels left, predictions right</h2>" + "".join(images) if images else "",
-        f"<h2>Recipe</h2><pre>{html.escape(values)}</pre>",
+        *(["<h2>Samples: labels left, predictions right</h2>"] if images else []),
+        *images,
+        f"<h2>Recipe</h2><pre>{escape(recipe_yaml(recipe))}</pre>",
         "<h2>Versions and machine that wrote this report</h2>",
         _table(environment_info().items()),
     ]
-    body = "\n".join(part for part in page if part)
-    title = html.escape(f"{recipe.model.preset}: training report")
-    write_bytes(folder / REPORT, PAGE.format(title=title, body=body).encode())
+    template = Template(files("hpetr.training").joinpath(REPORT).read_text(encoding="utf-8"))
+    page = template.substitute(title=escape(f"{recipe.model.preset}: training report"), body="\n".join(parts))
+    write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
 
 def remake_report(folder: Path, count: int = 8) -> Path:
-    """Write the report of a finished run anew, from what its folder holds: recipe, log and checkpoint.
+    """Write the report of a finished run again, from the recipe, log and checkpoint in its folder.
 
     Raises:
         InputError: one of them is missing or broken, or the recipe's data are not where they were.
@@ -214,27 +206,27 @@ def remake_report(folder: Path, count: int = 8) -> Path:
 
 def _run_rows(
     recipe: Recipe, log: RunLog, train: Sequence[PoseDataset], val: PoseDataset | None
-) -> list[tuple[str, str]]:
-    rows = [("starts from", recipe.model.backbone_weights or recipe.model.weights)]
+) -> Iterable[tuple[str, str]]:
+    yield "starts from", recipe.model.backbone_weights or recipe.model.weights
     for source, dataset in zip(recipe.data.train, train, strict=True):
         repeats = f", each {source.repeat} times an epoch" if source.repeat > 1 else ""
-        rows.append(("training data", f"{dataset.path}: {dataset.report}{repeats}"))
-    rows.append(("validation data", "none" if val is None else f"{val.path}: {val.report}"))
-    lines = sorted([*log.training, *log.evaluations, *log.summaries], key=lambda line: line["step"])
-    if not lines:
-        rows.append(("steps", f"none in {LOG}"))
-    else:
-        epoch = max((line["epoch"] for line in lines if "epoch" in line), default=0.0)
-        total = recipe.train.total_batch_size
-        rows.append(("steps", f"{lines[-1]['step']:,} of {total} images each, {epoch:.4g} epochs"))
+        yield "training data", f"{dataset.path}: {dataset.report}{repeats}"
+    yield "validation data", "none" if val is None else f"{val.path}: {val.report}"
+    lines = [*log.training, *log.evaluations, *log.summaries]
+    steps = f"none in {LOG}"
+    if lines:
+        step, epoch = (max(line.get(key, 0) for line in lines) for key in ("step", "epoch"))
+        steps = f"{step:,} of {recipe.train.total_batch_size} images each, {epoch:.4g} epochs"
+    yield "steps", steps
     if log.training:
-        rows.append(("loss", f"{log.training[0]['loss']:.4g} at first, {log.training[-1]['loss']:.4g} at last"))
-    rows.append(("time per step", _time_per_step(log)))
+        yield "loss", f"{log.training[0]['loss']:.4g} at first, {log.training[-1]['loss']:.4g} at last"
+    yield "time per step", _time_per_step(log)
     if log.summaries:
-        rows.append(("time since the last start", _duration(log.summaries[-1]["train_runtime"])))
+        minutes, seconds = divmod(round(log.summaries[-1]["train_runtime"]), 60)
+        hours, rest = divmod(minutes, 60)
+        yield "time since the last start", f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s"
     if log.unreadable:
-        rows.append((LOG, f"{log.unreadable} unreadable line{'s' * (log.unreadable > 1)} left out"))
-    return rows
+        yield LOG, f"{log.unreadable} unreadable line{'s' * (log.unreadable > 1)} left out"
 
 
 def _time_per_step(log: RunLog) -> str:
@@ -247,45 +239,37 @@ def _time_per_step(log: RunLog) -> str:
     return "not logged"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def _metrics_table(log: RunLog, has_val: bool) -> str:
     if not log.evaluations:
         return f"<p>{'Not evaluated yet.' if has_val else 'Not evaluated: the recipe has no data.val.'}</p>"
-    final, best = log.evaluations[-1], log.best
-    names = [name for name in final if name not in NOT_A_FIGURE]
+    final, best = log.evaluations[-1], max(log.evaluations, key=lambda line: line["AP"])
+    names = [name for name in final if name not in NOT_A_TERM]
     rows = [(n, *("-" if line.get(n, -1) < 0 else f"{line[n]:.4f}" for line in (final, best))) for n in names]
-    heads = ("", f"final, step {final['step']:,}", f"best, step {best['step']:,}")
-    return _table(rows, heads, "figures")
+    return _table(rows, ("", f"final, step {final['step']:,}", f"best, step {best['step']:,}"), "metrics")
 
 
 def _curves(log: RunLog) -> str:
-    """All curves as figures; those without a single point are left out."""
+    """Draw all curves as figures; those without a single point are left out."""
     last = max((line["step"] for line in [*log.training, *log.evaluations]), default=0)
     stages = list(dict.fromkeys(name.rpartition(".")[0] for name in log.terms))
     colors = {stage: COLORS[i % len(COLORS)] for i, stage in enumerate(stages)}
-
-    def single(title: str, name: str, *, log_axis: bool = False) -> str:
-        series = {"": _series(log.training, name)}
-        return _chart(title, series, last, log_axis=log_axis, from_zero=not log_axis)
-
-    charts = [single("loss, all terms", "loss", log_axis=True)]
-    for kind in dict.fromkeys(name.rpartition(".")[2] for name in log.terms):
-        names = [name for name in log.terms if name.rpartition(".")[2] == kind]
-        series = {name.rpartition(".")[0]: _series(log.training, name) for name in names}
-        charts.append(_chart(f"loss: {kind}", series, last, log_axis=True, colors=colors))
-    precision = {name: _series(log.evaluations, name) for name in ("AP", "AP50")}
-    charts += [
-        _chart("average precision", precision, last, from_zero=True),
-        single("learning rate", "learning_rate"),
-        single("gradient norm before clipping", "grad_norm", log_axis=True),
-        single("seconds per step", "step_seconds"),
+    kinds: dict[str, dict[str, Any]] = {}
+    for name in log.terms:
+        stage, _, kind = name.rpartition(".")
+        kinds.setdefault(f"loss: {kind}", {})[stage] = _series(log.training, name)
+    charts = {  # title: curves by their names, and whether the axis is logarithmic
+        "loss, all terms": ({"": _series(log.training, "loss")}, True),
+        **{title: (series, True) for title, series in kinds.items()},
+        "average precision": ({name: _series(log.evaluations, name) for name in ("AP", "AP50")}, False),
+        "learning rate": ({"": _series(log.training, "learning_rate")}, False),
+        "gradient norm before clipping": ({"": _series(log.training, "grad_norm")}, True),
+        "seconds per step": ({"": _series(log.training, "step_seconds")}, False),
+    }
+    shown = [
+        _figure("curve", title, _chart(title, drawn, last, logarithmic, colors if title in kinds else {}), "png")
+        for title, (series, logarithmic) in charts.items()
+        if (drawn := {name: points for name, points in series.items() if points.size})
     ]
-    shown = [chart for chart in charts if chart]
     if not shown:
         return "<p>Nothing was logged.</p>"
     block = _block_length(len(log.training))
@@ -293,16 +277,12 @@ def _curves(log: RunLog) -> str:
     return f"{note}<div class=curves>{''.join(shown)}</div>"
 
 
-def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and values (n,) of the lines that have the name; long ones as means of blocks."""
+def _series(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Return the steps and values (2, n) of the lines that have the name; long ones as means of blocks."""
     points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    block = _block_length(len(points))
-    if block == 1:
-        return steps, values
-    starts = np.arange(0, len(points), block)
-    lengths = np.diff([*starts, len(points)])
-    return np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths
+    values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    starts = np.arange(0, len(points), _block_length(len(points)))
+    return np.add.reduceat(values, starts, axis=1) / np.diff([*starts, len(points)]) if points else values
 
 
 def _block_length(points: int) -> int:
@@ -310,34 +290,24 @@ def _block_length(points: int) -> int:
 
 
 def _chart(
-    title: str,
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    last_step: int,
-    *,
-    log_axis: bool = False,
-    from_zero: bool = False,
-    colors: Mapping[str, str] | None = None,
-) -> str:
-    """One figure of named curves over the steps; empty where there is no point.
+    title: str, series: Mapping[str, np.ndarray], last_step: int, logarithmic: bool, colors: Mapping[str, str]
+) -> bytes:
+    """Return a PNG of named curves (2, n) over the steps.
 
     The Figure is used by itself: pyplot would keep it and choose a window system for the whole process.
     """
-    drawn = {name: xy for name, xy in series.items() if len(xy[0])}
-    if not drawn:
-        return ""
     figure = Figure(figsize=(4.8, 3.1), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    for i, (name, (steps, values)) in enumerate(drawn.items()):
-        color = colors[name] if colors else COLORS[i]
-        marker = "o" if len(steps) < 20 else ""
-        axes.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.4, label=name)
-    every = np.concatenate([values for _, values in drawn.values()])
-    if log_axis and every.min() > 0 and every.max() > 10 * every.min():
+    for i, (name, (steps, values)) in enumerate(series.items()):
+        style = {"marker": "o" if len(steps) < 20 else "", "markersize": 3, "linewidth": 1.4}
+        axes.plot(steps, values, color=colors.get(name, COLORS[i]), label=name, **style)
+    every = np.concatenate([values for _, values in series.values()])
+    if logarithmic and every.min() > 0 and every.max() > 10 * every.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif from_zero:
+    elif not logarithmic:
         axes.set_ylim(bottom=min(0.0, float(every.min())))
     axes.set_xlim(0, last_step * 1.03)
     axes.set_title(title, fontsize=11, color=INK, loc="left")
@@ -345,75 +315,23 @@ def _chart(
     axes.tick_params(which="both", labelsize=9, colors=INK)
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
-    if any(drawn):
-        legend = {"loc": "outside lower center", "ncols": 4, "fontsize": 8, "frameon": False, "labelcolor": INK}
-        figure.legend(**legend)
+    if any(series):
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=True)
-    return _figure(title, _data_uri("png", buffer.getvalue()), "curve", show_caption=False)
+    return buffer.getvalue()
 
 
-def _jpeg_uri(image: np.ndarray) -> str:
-    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    return _data_uri("jpeg", encoded.tobytes())
+def _figure(css_class: str, text: str, image: bytes, kind: str, *, caption: bool = False) -> str:
+    text, data = escape(text), base64.b64encode(image).decode()
+    below = f"<figcaption>{text}</figcaption>" if caption else ""
+    return f'<figure class={css_class}><img src="data:image/{kind};base64,{data}" alt="{text}">{below}</figure>'
 
 
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _figure(caption: str, uri: str, css_class: str, *, show_caption: bool = True) -> str:
-    text = html.escape(caption, quote=True)
-    below = f"<figcaption>{text}</figcaption>" if show_caption else ""
-    return f'<figure class={css_class}><img src="{uri}" alt="{text}">{below}</figure>'
-
-
-def _table(rows: Any, heads: Sequence[str] = (), css_class: str = "facts") -> str:
-    head = "<tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in heads) + "</tr>" if heads else ""
-    lines = [
-        f"<tr><th>{html.escape(first)}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in rest) + "</tr>"
+def _table(rows: Iterable[tuple[str, ...]], heads: Sequence[str] = (), css_class: str = "facts") -> str:
+    head = "<tr>" + "".join(f"<th>{escape(text)}</th>" for text in heads) + "</tr>" if heads else ""
+    lines = (
+        f"<tr><th>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
-    ]
+    )
     return f"<table class={css_class}>{head}{''.join(lines)}</table>"
-
-
-# The policy is a promise that the browser keeps: the page loads nothing and runs nothing.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-:root {{ --ink: #1d2228; --paper: #ffffff; --line: #d9dee3; --soft: #f4f6f8; --note: #5b646d; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e4e8ec; --paper: #15181c; --line: #343a41; --soft: #1e2329; --note: #a0a8b0; }}
-}}
-body {{ margin: 0 auto; max-width: 1080px; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.45 system-ui, sans-serif; }}
-h1 {{ margin: .2rem 0; }}
-h2 {{ margin: 2rem 0 .6rem; font-size: 1.15rem; }}
-.note, figcaption {{ color: var(--note); font-size: .88rem; margin: .2rem 0 .8rem; overflow-wrap: anywhere; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; vertical-align: top; padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }}
-th {{ font-weight: 600; white-space: nowrap; }}
-.figures td, .figures th + th {{ text-align: right; font-variant-numeric: tabular-nums; white-space: normal; }}
-.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: .8rem; }}
-figure {{ margin: 0; }}
-img {{ display: block; width: 100%; height: auto; }}
-@media (max-width: 560px) {{
-  .facts th, .facts td {{ display: block; white-space: normal; }}
-  .facts th {{ border: 0; padding-bottom: 0; }}
-}}
-.wide img {{ width: auto; max-width: 100%; }}
-pre {{ background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -1,11 +1,10 @@
-"""One image of what the network is shown: augmented training images with their labels, side by side."""
+"""One image of the network's input: augmented training images with their labels, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -13,8 +12,9 @@ import numpy as np
 from hpetr.data.collate import PoseCollator
 from hpetr.data.sample import Sample
 from hpetr.errors import InputError
-from hpetr.images.files import write_bytes
-from hpetr.images.read import JPEG_SUFFIXES, encode_image
+from hpetr.images.files import check_output, write_bytes
+from hpetr.images.read import encode_image
+from hpetr.poses.draw import MIDDLE, draw_person
 from hpetr.poses.skeleton import Skeleton
 from hpetr.training.data import EpochSampler, TrainingSet
 from hpetr.training.recipe import Recipe
@@ -23,40 +23,39 @@ from hpetr.training.train import open_training
 CELL = 400  # pixels: side of the square that an image of the batch is fitted into
 CAPTION = 22  # pixels: height of the line below it
 GAP = 6
-SUFFIXES = JPEG_SUFFIXES | {".png"}
+SUFFIXES = (".jpg", ".jpeg", ".png")
 
 # RGB. Limbs of one side have one color, so that a flip that forgot to swap the sides is seen.
-LEFT, RIGHT, MIDDLE = (30, 220, 255), (255, 90, 60), (255, 235, 80)
-BOX, IGNORED, RIM = (120, 255, 120), (255, 90, 255), (20, 20, 20)
+LEFT, RIGHT = (30, 220, 255), (255, 90, 60)
+BOX, IGNORED = (120, 255, 120), (255, 90, 255)
 PADDING, PAPER, INK = (128, 128, 128), (250, 250, 250), (30, 30, 30)
 
 
 def write_grid(recipe: Recipe, output: str | Path, images: int = 16, seed: int = 0) -> Path:
     """Write the images that a run of the recipe shows its network, with their labels.
 
-    They are augmented, resized and padded (grey) together as in training. Left limbs are blue, right ones red, those
-    between yellow; labelled keypoints are discs, or rings where they are labelled as not visible; boxes are green, and
-    dashed magenta ones hold people without labels, which the loss ignores. Below stand the file's name, width x height
-    after augmentation and the number of people.
+    They are augmented, resized and padded (gray) together as in training. Left limbs are blue, right ones red, those
+    between yellow; labelled keypoints are discs, or rings if they are labelled as not visible; boxes are green, and
+    dashed magenta ones hold people without labels, which the loss ignores. The caption is the file's name, width x
+    height after augmentation and the number of people.
 
     Args:
         recipe: as for training.
         output: the image to write, `.jpg` or `.png`.
-        images: how many, from the beginning of the epoch.
-        seed: the epoch of the run that is shown; another one draws other images and other augmentation.
+        images: number of images, from the beginning of the epoch.
+        seed: the epoch shown; another one draws other images and other augmentation.
 
     Returns:
         The output's path.
 
     Raises:
-        InputError: bad recipe, data, number or suffix, or the output cannot be written.
+        InputError: bad recipe, data, number or suffix, or the output is an image of the data or cannot be written.
     """
-    output = Path(output)
-    if output.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{output}: expected a name that ends in {', '.join(sorted(SUFFIXES))}")
     if images < 1 or seed < 0:
         raise InputError(f"images is {images} and seed {seed}, expected at least 1 image and a seed of at least 0")
-    data, _, skeleton = open_training(recipe)
+    data, val, skeleton = open_training(recipe)
+    datasets = data.datasets if val is None else [*data.datasets, val]
+    output = check_output(output, (path for dataset in datasets for path in dataset.image_paths), SUFFIXES)
     collator = PoseCollator.from_processor(recipe.processor.build())
     samples = islice(_samples(data, recipe, seed), images)
     size = recipe.train.batch_size or recipe.train.total_batch_size
@@ -68,7 +67,7 @@ def write_grid(recipe: Recipe, output: str | Path, images: int = 16, seed: int =
 
 
 def _samples(data: TrainingSet, recipe: Recipe, epoch: int) -> Iterator[Sample]:
-    """The samples of this and the following epochs in the order of training."""
+    """Yield the samples of this and the following epochs in the order of training."""
     settings = recipe.train
     sampler = EpochSampler(data, settings.total_batch_size, settings.seed, bucketing=settings.bucketing)
     for number in count(epoch):
@@ -78,7 +77,7 @@ def _samples(data: TrainingSet, recipe: Recipe, epoch: int) -> Iterator[Sample]:
 
 
 def _draw_batch(samples: list[Sample], collator: PoseCollator, skeleton: Skeleton) -> list[np.ndarray]:
-    """Cells of B samples that go through the network together, from their batch."""
+    """Return the cells of B samples that go through the network together, from their batch."""
     batch = collator(samples)
     cells = []
     for values, mask, labels, sample in zip(
@@ -94,18 +93,21 @@ def _draw_batch(samples: list[Sample], collator: PoseCollator, skeleton: Skeleto
 
 
 def _cell(image: np.ndarray, labels: dict[str, np.ndarray], skeleton: Skeleton, name: str, caption: str) -> np.ndarray:
-    """(CELL + CAPTION, CELL, 3) uint8: a padded image (H, W, 3), fitted, with labels and caption."""
+    """Return (CELL + CAPTION, CELL, 3) uint8: a padded image (H, W, 3), fitted, with labels and caption."""
     scale = CELL / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     # Labels are drawn after scaling: lines are equally thick on every image.
     scene = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     for box in labels["ignore_boxes"] * scale:
-        _dashed(scene, box)
+        _draw_dashed(scene, box)
     for box in labels["boxes"] * scale:
-        (left, top), (right, bottom) = _point(box[:2]), _point(box[2:])
-        cv2.rectangle(scene, (left, top), (right, bottom), BOX, 1)
+        cv2.rectangle(scene, box[:2].astype(int).tolist(), box[2:].astype(int).tolist(), BOX, 1)
+    colors = [MIDDLE] * skeleton.num_keypoints
+    for left, right in skeleton.flip_pairs or ():
+        colors[left], colors[right] = LEFT, RIGHT
     for person in labels["keypoints"]:
-        _draw_person(scene, person[:, :2] * scale, person[:, 2], skeleton)
+        shown, hollow = person[:, 2] > 0, person[:, 2] == 1
+        draw_person(scene, person[:, :2] * scale, shown, skeleton.edges, colors, 2, radius=3, hollow=hollow)
     cell = np.full((CELL + CAPTION, CELL, 3), PAPER, dtype=np.uint8)
     cell[:height, :width] = scene
     room = 56 - len(caption) - 2  # characters of a line
@@ -115,26 +117,9 @@ def _cell(image: np.ndarray, labels: dict[str, np.ndarray], skeleton: Skeleton, 
     return cell
 
 
-def _draw_person(scene: np.ndarray, xy: np.ndarray, visibility: np.ndarray, skeleton: Skeleton) -> None:
-    """Limbs between labelled keypoints, and these: xy (K, 2) pixels of the scene, visibility (K,)."""
-    colors = [MIDDLE] * skeleton.num_keypoints
-    for left, right in skeleton.flip_pairs:
-        colors[left], colors[right] = LEFT, RIGHT
-    limbs = [(a, b) for a, b in skeleton.edges if visibility[a] and visibility[b]]
-    for rim in (True, False):  # a dark pass below keeps the colors readable on every background
-        for first, second in limbs:
-            color = colors[first] if colors[first] == colors[second] else MIDDLE
-            ends = _point(xy[first]), _point(xy[second])
-            cv2.line(scene, *ends, RIM if rim else color, 4 if rim else 2, cv2.LINE_AA)
-    for color, place, visible in zip(colors, xy, visibility, strict=True):
-        if visible:
-            cv2.circle(scene, _point(place), 4, RIM, cv2.FILLED, cv2.LINE_AA)
-            cv2.circle(scene, _point(place), 3, color, cv2.FILLED if visible > 1 else 1, cv2.LINE_AA)
-
-
-def _dashed(scene: np.ndarray, box: np.ndarray, dash: int = 6) -> None:
-    """The outline of a box (4,) xyxy, with gaps."""
-    (left, top), (right, bottom) = _point(box[:2]), _point(box[2:])
+def _draw_dashed(scene: np.ndarray, box: np.ndarray, dash: int = 6) -> None:
+    """Draw the outline of a box (4,) xyxy with gaps."""
+    left, top, right, bottom = box.astype(int).tolist()
     for x in range(left, right, 2 * dash):
         for y in (top, bottom):
             cv2.line(scene, (x, y), (min(x + dash, right), y), IGNORED, 2)
@@ -143,19 +128,11 @@ def _dashed(scene: np.ndarray, box: np.ndarray, dash: int = 6) -> None:
             cv2.line(scene, (x, y), (x, min(y + dash, bottom)), IGNORED, 2)
 
 
-def _point(xy: Any) -> tuple[int, int]:
-    """The pixel that holds a place, whose coordinates count from the image's edge."""
-    return int(xy[0]), int(xy[1])
-
-
 def _grid(cells: list[np.ndarray]) -> np.ndarray:
-    """Cells (h, w, 3) of one size in rows of about as many as there are rows."""
+    """Arrange cells (h, w, 3) of one size in about as many rows as columns, with gaps around them."""
     columns = int(np.ceil(np.sqrt(len(cells))))
     rows = -(-len(cells) // columns)
-    height, width = cells[0].shape[:2]
-    sheet = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), PAPER, dtype=np.uint8)
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, columns)
-        top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
-        sheet[top : top + height, left : left + width] = cell
-    return sheet
+    padded = [np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=PAPER[0]) for cell in cells]
+    padded += [np.full_like(padded[0], PAPER)] * (rows * columns - len(cells))
+    sheet = np.vstack([np.hstack(padded[row * columns : (row + 1) * columns]) for row in range(rows)])
+    return np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=PAPER[0])
