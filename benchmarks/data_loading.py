@@ -1,11 +1,11 @@
-"""Images a second that reach the network's door: decoding, augmentation and batching, against a plain Pillow loop.
+"""Images per second of data loading (decoding, augmentation, batching), compared with a plain Pillow loop.
 
     python benchmarks/data_loading.py [--annotations examples/tiny-coco/annotations.json] [--images FOLDER]
 
-The Pillow loop opens each image, converts it to RGB, resizes it and makes a float array of it, in one process: no
-labels, no colors, no rotation, no batch. The library does all of its training pipeline, without worker processes and
-with them. `CPU ms` is the processor time of an image over all processes, `busy` the share of the machine's processors
-that was used; both are the whole epoch's, start of the workers included.
+The Pillow loop opens each image, converts it to RGB, resizes it and makes a float array of it, in one process, without
+labels, color changes, rotation or batches. The library runs its whole training pipeline, with and without worker
+processes. `CPU ms` is the processor time per image over all processes, `busy` the share of the machine's processors in
+use. Both are of the whole epoch, including the start of the workers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PUBLISHED = AugmentRecipe.model_validate(
 
 
 def pillow_loop(dataset: PoseDataset, count: int, short: tuple[int, int], long: int) -> Iterable[np.ndarray]:
-    """Plain arrays (h, w, 3) float32 of `count` images, short sides drawn from `short`, both included."""
+    """Yield plain arrays (h, w, 3) float32 of `count` images, short sides drawn from `short`, both included."""
     rng = np.random.default_rng(0)
     for index in range(count):
         with Image.open(dataset.image_paths[index % len(dataset)]) as image:
@@ -52,7 +52,7 @@ def pillow_loop(dataset: PoseDataset, count: int, short: tuple[int, int], long: 
 
 
 def library(dataset: PoseDataset, count: int, augment: AugmentRecipe, batch: int, workers: int) -> DataLoader:
-    """The loader of a training run: `count` images, or a few more that fill the last batch."""
+    """Return the loader of a training run: `count` images, or a few more that fill the last batch."""
     transform = build_transform(augment, ProcessorRecipe(), dataset.skeleton)
     source = DataSource(annotations=dataset.path, repeat=-(-count // len(dataset)))
     data = TrainingSet([dataset], [source], transform, seed=0)
@@ -61,7 +61,7 @@ def library(dataset: PoseDataset, count: int, augment: AugmentRecipe, batch: int
 
 
 def measure(name: str, make: Callable[[], Iterable], images: Callable[[object], int], baseline: float) -> float:
-    """Print one line of the table and return the images a second."""
+    """Print one line of the table and return the images per second."""
     before, start = os.times(), time.perf_counter()
     count = sum(images(item) for item in make())
     wall, after = time.perf_counter() - start, os.times()

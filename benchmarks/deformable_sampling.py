@@ -1,13 +1,15 @@
-"""Time of deformable sampling beside the grid_sample reference, in one run: in C on the CPU, in Triton on a GPU.
+"""Time of deformable sampling and of its grid_sample reference in one run: in C on the CPU, in Triton on a GPU.
 
     python benchmarks/deformable_sampling.py [--threads 2] [--repeats 5] [--device cpu|cuda]
 
-Settings of an encoder layer: 8 heads, 4 points, as many queries as tokens. "near": points around their query (3 pixels
-standard deviation on each map), as a trained encoder samples; "far": points anywhere. Times are the best of the
-repeats, the two kernels taking turns; backward excludes the forward pass. On the GPU also float32 and bfloat16 values,
-batches of 1 and 8, the largest error against the float64 reference (relative to the largest value of each of output
-and gradients), and the share of the forward pass's bandwidth limit: the time that moving its tensors once would take at
-the bandwidth of a copy, measured in the same run, over the time it took.
+The settings are those of an encoder layer: 8 heads, 4 points, one query per token. "near" samples points around their
+query (3 pixels standard deviation on each map), as a trained encoder does; "far" samples points anywhere. Times are the
+least of the repeats; the two kernels take turns; backward excludes the forward pass.
+
+On a GPU the script also measures float32 and bfloat16 values, batches of 1 and 8, the largest error relative to the
+float64 reference (as a share of the largest value of output and gradients), and the share of the forward pass's
+bandwidth limit: the time to move its tensors once at the bandwidth of a copy, measured in the same run, divided by its
+time.
 """
 
 import argparse
@@ -31,7 +33,7 @@ KERNELS = (deformable_sampling, deformable_sampling_reference)
 def make_inputs(
     shapes: list[tuple[int, int]], width: int, near: bool, batch: int = 1, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """value (B, S, M, D), locations (B, S, M, L, P, 2) and weights (B, S, M, L, P), all needing gradients."""
+    """Return value (B, S, M, D), locations (B, S, M, L, P, 2) and weights (B, S, M, L, P), with gradients."""
     generator = torch.Generator().manual_seed(0)
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     value = torch.randn(batch, tokens, HEADS, width, generator=generator)
@@ -65,14 +67,14 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 def measure(
     leaves: tuple[Tensor, Tensor, Tensor], shapes: list[tuple[int, int]], repeats: int, device: str
 ) -> tuple[list[float], list[float]]:
-    """Best forward and backward time in milliseconds, each as [kernel, reference]."""
+    """Return the least forward and backward time in milliseconds, each as [kernel, reference]."""
     value, locations, weights = leaves
     outputs = [kernel(value, shapes, locations, weights) for kernel in KERNELS]
     grad_output = torch.randn_like(outputs[0])
     best = {(step, i): float("inf") for step in ("forward", "backward") for i in range(2)}
     for _ in range(repeats):
         for i, kernel in enumerate(KERNELS):
-            # the kernel is so much faster that equal counts would leave it the noisier minimum
+            # the minimum of the faster kernel would be noisier with equal counts
             for _ in range(10 if i == 0 else 1):
                 with torch.no_grad():
                     forward = milliseconds(lambda k=kernel: k(value, shapes, locations, weights), device)
@@ -85,7 +87,7 @@ def measure(
 
 
 def largest_error(leaves: tuple[Tensor, Tensor, Tensor], shapes: list[tuple[int, int]]) -> float:
-    """Of the output and the three gradients against float64, relative to the largest value of each."""
+    """Return the largest error of output and three gradients against float64, relative to the largest value of each."""
     value, locations, weights = leaves
     output = deformable_sampling(value, shapes, locations, weights)
     grad_output = torch.randn_like(output)
@@ -98,7 +100,7 @@ def largest_error(leaves: tuple[Tensor, Tensor, Tensor], shapes: list[tuple[int,
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per millisecond by a copy of 1 GiB (on the CPU, of 16 MiB)."""
+    """Return the bytes read and written per millisecond by a copy of 1 GiB (on the CPU, of 16 MiB)."""
     source = torch.zeros(2**28 if device == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
     best = min(milliseconds(lambda: target.copy_(source), device) for _ in range(10))
@@ -118,7 +120,7 @@ def compare_on_cpu(repeats: int) -> Iterator[str]:
 def compare_on_gpu(
     repeats: int, shapes: list[tuple[int, int]], width: int, batches: tuple[int, ...], device: str = "cuda"
 ) -> Iterator[str]:
-    """Rows of forward and forward + backward."""
+    """Print the times of forward and of forward + backward."""
     bandwidth = copy_bandwidth(device)
     yield f"4 levels of 800x1333, 8 heads x {width}; a copy moves {bandwidth / 1e6:.0f} GB/s"
     yield f"{'batch':7}{'dtype':10}{'points':8}{'step':10}{'Triton':>9}{'reference':>11}{'ratio':>8}  limit    error"

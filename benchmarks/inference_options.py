@@ -1,11 +1,10 @@
-"""float32, bfloat16 and torch.compile side by side: time of the network, and how far its results move.
+"""Time of the network in float32, in bfloat16 and compiled, and the differences of its results.
 
     python benchmarks/inference_options.py [CHECKPOINT or PRESET] [--size 288x384] [--threads 2] [--device cpu]
         [--repeats 10] [--compile]
 
-Each option has a model of its own with the same weights, and the options take turns, so that they meet the same
-machine.
-`--compile` adds torch.compile, whose first run takes minutes on a CPU.
+Each option has its own model with the same weights. The options take turns, so that other load on the machine affects
+all of them. `--compile` adds torch.compile, whose first run takes minutes on a CPU.
 """
 
 from __future__ import annotations

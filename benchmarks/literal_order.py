@@ -1,12 +1,11 @@
-"""What the official order of computation costs, and what hpetr's costs, in one run on the same weights.
+"""Time and memory of inference in the official order of computation and in hpetr's, on the same weights.
 
     python benchmarks/literal_order.py [--preset h-petr-r50] [--size 800x1216] [--repeats 3] [--threads 2]
 
-The literal order does what the official code does: deformable attention by grid_sample; the keypoint MLP of the
-proposals on every token; all queries through the pose decoder, one-to-many ones too, under a block mask; the image's
-memory copied once per pose and projected per copy in the joint decoder. Both orders give the same poses, which the
-script checks. Each runs in a process of its own, so that peak memory is its own. Random weights: time does not depend
-on them.
+The literal order computes as the official code does: deformable attention by grid_sample; the keypoint MLP of the
+proposals on every token; all queries, also one-to-many, in the pose decoder under a block mask; the image's memory
+copied for each pose, and every copy projected, in the joint decoder. Both orders give the same poses, which the script
+checks. Each runs in its own process, so that peak memory is its own. Weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from hpetr.model.proposals import Predictions, inverse_sigmoid
 
 
 def literal_pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid) -> Predictions:
-    """All queries, one-to-many ones under the mask, and keypoints for every token's proposal."""
+    """Return the predictions of all queries under a block mask, with keypoints for every token's proposal."""
     decoder, config = model.pose_decoder, model.config
     proposals = decoder.propose(memory, grid)
     every = proposals.predictions()
@@ -55,7 +54,7 @@ def literal_pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid) ->
 
 
 def literal_joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid, poses: Tensor) -> Tensor:
-    """One image's memory copied for each of its T poses, every copy projected in every layer: poses (1, T, K, 2)."""
+    """Return the refined poses (1, T, K, 2): memory is copied for each pose, every copy projected in every layer."""
     decoder = model.joint_decoder
     count = poses.shape[1]
     copies = memory.repeat(count, 1, 1)  # (T, S, D)
@@ -71,7 +70,7 @@ def literal_joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid, p
 
 
 def measure(order: str, preset: str, height: int, width: int, repeats: int) -> dict:
-    """Median seconds of every stage, peak memory in MB, and the poses' checksum."""
+    """Return the median seconds of every stage, peak memory in MB, and a checksum of the poses."""
     torch.manual_seed(0)
     model = HPetrForPoseEstimation(HPetrConfig.preset(preset)).eval()
     for name, parameter in model.named_parameters():
@@ -107,7 +106,7 @@ def measure(order: str, preset: str, height: int, width: int, repeats: int) -> d
 
 
 def run(order: str, args: argparse.Namespace) -> dict:
-    """`measure` in a process of its own; the literal order on grid_sample."""
+    """Run `measure` in its own process; the literal order uses grid_sample."""
     command = [sys.executable, __file__, "--order", order, "--preset", args.preset, "--size", args.size]
     command += ["--repeats", str(args.repeats if order == "hpetr" else 1), "--threads", str(args.threads)]
     kernel = {"HPETR_KERNEL": "reference"} if order == "literal" else {}

@@ -1,7 +1,7 @@
 """The losses of a training step in the official order of computation; `training_step.py` compares it with hpetr's.
 
-Written from the method's description, step by step as the official code goes about it: no batching over images,
-layers, groups or people. It shares hpetr's modules, and with them the weights, and the formulas of single terms.
+It follows the method's description step by step, as the official code does, without batching over images, layers,
+groups or people. It shares hpetr's modules, and so their weights, and the formulas of single terms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def project_and_attend(layer: DeformableLayer, x: Tensor, position: Tensor, refe
 
 
 def pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid):
-    """Logits and keypoints of all tokens, both with gradient, and of every layer's queries under a block mask."""
+    """Return logits and keypoints, with gradient, of all tokens, and of every layer's queries under a block mask."""
     decoder, config = model.pose_decoder, model.config
     proposals = decoder.propose(memory, grid)
     offsets = proposals.head(proposals.features).unflatten(-1, (-1, 2))
@@ -50,7 +50,7 @@ def pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid):
 
 
 def joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, poses: Tensor, image: Tensor) -> Tensor:
-    """The memory of its image copied for each of P poses (P, K, 2), every copy projected in every layer."""
+    """Refine P poses (P, K, 2), with a copy of its image's memory for each, projected in every layer."""
     decoder = model.joint_decoder
     copies = memory[image]  # (P, S, D)
     position, x = (part.expand(len(poses), -1, -1) for part in decoder.query_embedding.weight.chunk(2, -1))
@@ -68,7 +68,7 @@ def joint_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, pos
 
 @torch.no_grad()
 def match(logits: Tensor, keypoints: Tensor, label: Label, size: Tensor, config: HPetrConfig, repeat: int):
-    """Queries and targets of one image, layer and group: logits (Q, C), keypoints (Q, K, 2) normalized."""
+    """Match queries to targets in one image, layer and group: logits (Q, C), normalized keypoints (Q, K, 2)."""
     sigmas = torch.tensor(config.skeleton["sigmas"], device=logits.device)
     people = [i for _ in range(repeat) for i in range(len(label["areas"]))]
     probability = logits.float().sigmoid()
@@ -89,7 +89,7 @@ def match(logits: Tensor, keypoints: Tensor, label: Label, size: Tensor, config:
 
 
 def regression(keypoints: list[Tensor], targets: list[Tensor], labels: list[Label], size: Tensor, config: HPetrConfig):
-    """L1 and OKS losses of matched poses, images side by side: means over labelled coordinates and over poses."""
+    """Return the L1 and OKS losses of matched poses of all images: means over labelled coordinates and over poses."""
     sigmas = torch.tensor(config.skeleton["sigmas"], device=size.device)
     predicted = torch.cat(keypoints)  # (m, K, 2)
     truth = torch.cat([label["keypoints"][target] for label, target in zip(labels, targets, strict=True)])
@@ -103,7 +103,7 @@ def regression(keypoints: list[Tensor], targets: list[Tensor], labels: list[Labe
 
 
 def focal_loss(logits: Tensor, match: Match, classes: list[Tensor]) -> Tensor:
-    """Sigmoid focal loss of logits (B, Q, C) over all queries, divided by the number of matched ones."""
+    """Return the sigmoid focal loss of logits (B, Q, C) over all queries, divided by the number of matched ones."""
     truth = torch.zeros_like(logits, dtype=torch.float32)
     for i, (query, target) in enumerate(match):
         truth[i, query, classes[i][target]] = 1
@@ -117,7 +117,7 @@ def focal_loss(logits: Tensor, match: Match, classes: list[Tensor]) -> Tensor:
 def group_losses(
     logits: Tensor, keypoints: Tensor, labels: list[Label], size: Tensor, config: HPetrConfig, repeat: int
 ):
-    """Class, L1 and OKS loss of one layer and group, and its match: logits (B, Q, C), keypoints (B, Q, K, 2)."""
+    """Return the losses and the match of one layer and group: logits (B, Q, C), keypoints (B, Q, K, 2)."""
     pairs = [match(logits[i], keypoints[i], label, size, config, repeat) for i, label in enumerate(labels)]
     matched = [keypoints[i, query] for i, (query, _) in enumerate(pairs)]
     l1, oks = regression(matched, [target for _, target in pairs], labels, size, config)
@@ -125,7 +125,7 @@ def group_losses(
 
 
 def heatmap_targets(labels: list[Label], joints: int, height: int, width: int, stride: int) -> Tensor:
-    """(B, K, H, W), one Gaussian after the other."""
+    """Return the heatmaps (B, K, H, W), drawn one Gaussian after the other."""
     maps = torch.zeros(len(labels), joints, height, width)
     for image, label in enumerate(labels):
         for person in range(len(label["areas"])):
@@ -162,7 +162,7 @@ def heatmap_loss(model: HPetrForPoseEstimation, memory: Tensor, grid: Grid, labe
 
 
 def loss_terms(model: HPetrForPoseEstimation, pixels: Tensor, labels: list[Label]) -> dict[str, Tensor]:
-    """All weighted terms of images (B, 3, H, W) without padding."""
+    """Return all weighted loss terms of images (B, 3, H, W) without padding."""
     config = model.config
     size = torch.tensor([pixels.shape[3], pixels.shape[2]], dtype=torch.float32, device=pixels.device)
     memory, grid = model.encode(pixels, None)

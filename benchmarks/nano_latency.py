@@ -2,8 +2,8 @@
 
     python benchmarks/nano_latency.py [--image examples/000000000785.jpg] [--threads 2] [--repeats 30]
 
-Decoding, resize, network, post-processing: the library's own path with the bundled checkpoint, float32, batch 1. The
-backbone is timed alone in the same run, for scale.
+It times decoding, resize, network and post-processing of the bundled checkpoint, float32, batch 1, as `hpetr predict`
+runs them. The backbone is also timed alone, in the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and the smallest of the times in milliseconds, after three runs to warm up."""
+    """Return the median and the least time in milliseconds, after three runs to warm up."""
     for _ in range(3):
         function()
     times = []

@@ -1,8 +1,8 @@
-"""How much of the training batches is padding, with and without bucketing.
+"""Share of padding in training batches, with and without bucketing.
 
     python benchmarks/padding.py [--annotations JSON|YAML] [--images DIR]
 
-For the published augmentation and h-petr-nano's: the share of all pixels that lie outside the images, over one epoch.
+It prints the share of pixels outside the images over one epoch, for the published augmentation and h-petr-nano's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Time of a checkpoint in torch and of what `hpetr export` made of it, side by side in one run.
+"""Time of a checkpoint in torch and of its exported files, in one run.
 
     python benchmarks/runtime_latency.py [checkpoint-folder model.onnx model.xml ...] [--image FILE] [--threads 2]
 
-Without arguments it exports the bundled model to ONNX and OpenVINO first.
-One photograph, decoded once: resize, network and post-processing, float32, batch 1, in turn so that all see the same
-machine. Beside the times stand the largest differences to torch of scores, and of keypoints in pixels, of poses above
-the model's threshold.
+Without arguments it exports the bundled model to ONNX and OpenVINO first. One photograph is decoded once; resize,
+network and post-processing are timed, float32, batch 1. The models take turns, so that other load on the machine
+affects all of them. The table also has the largest differences from torch in scores, and in keypoints in pixels, of
+poses above the model's threshold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def export(checkpoint: str, folder: Path) -> list[str]:
-    """Its ONNX and OpenVINO files."""
+    """Export the bundled model and return its ONNX and OpenVINO files."""
     model, processor = load_checkpoint(checkpoint, "cpu")
     files = [folder / "model.onnx", folder / "model.xml"]
     for file, form in zip(files, ("onnx", "openvino"), strict=True):

@@ -1,14 +1,14 @@
-"""How time and memory grow with the image, the batch, the people, the poses, the queries and the threads.
+"""Growth of time and memory with image, batch, people, poses, queries and threads.
 
     python benchmarks/scaling.py [--preset h-petr-nano] [--large-preset h-petr-r50] [--threads 2] [--repeats 5]
         [--sweeps image people ...] [--quick] [--output outputs/scaling] [--page docs/scaling.md]
 
-A sweep runs in one process, and every round runs each of its points once, in random order: what else the machine does
-hits all points alike. The exponent is fitted to the least times (a line through the logarithms, over the upper half of
-the range, three points at least); the median stands beside them. Memory is the most that the process holds, above what
-it holds once the model is loaded; each point in a fresh process, and on Linux only. A figure for each sweep of more
-than two points goes to `--output`, and with `--page` the tables go between that page's markers. Random weights and
-people: time does not depend on them.
+A sweep runs in one process. Every round runs each of its points once, in random order, so that other load on the
+machine affects all points. The exponent is fitted to the least times: a line through the logarithms, over the upper
+half of the range, at least three points. The table also has the medians. Memory is the peak of a fresh process above
+its memory once the model is loaded, on Linux only. A figure of each sweep of more than two points goes to `--output`;
+with `--page`, the tables replace those between the page's markers. Weights and people are random: time does not depend
+on them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RESET = Path("/proc/self/clear_refs")  # Linux: lets a process forget its peak
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a sweep; `x` is what grows. `options` override the preset's configuration."""
+    """One setting of a sweep; `x` is the quantity that grows. `options` override the preset's configuration."""
 
     x: float
     label: str
@@ -81,9 +81,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Result:
-    """Of every point: the least and the median seconds, the least of every stage, and bytes (None: unknown).
+    """For every point: least and median seconds, least seconds of every stage, and bytes (None: unknown).
 
-    `flops` of every stage of inference grow as the mathematics says; empty for training.
+    `flops` are counted operations of every stage of inference; empty for training.
     """
 
     least: list[float]
@@ -97,7 +97,7 @@ class Result:
 
 
 def make_sweeps(args: argparse.Namespace) -> list[Sweep]:
-    """The sweeps asked for; quick ones are the first three points of each, where the image does not grow 96 x 128."""
+    """Return the chosen sweeps; quick ones have three points, and images of 96 x 128 where the image does not grow."""
     nano = functools.partial(Point, preset=args.preset, threads=args.threads)
     large = functools.partial(Point, preset=args.large_preset, threads=args.threads)
     if args.quick:
@@ -125,13 +125,13 @@ def make_sweeps(args: argparse.Namespace) -> list[Sweep]:
 
 
 def sizes(point: Callable[..., Point], *heights: int) -> tuple[Point, ...]:
-    """Images of 3 : 4."""
+    """Return points of images of aspect 3 : 4."""
     shapes = [(height, height * 4 // 3) for height in heights]
     return tuple(point(x=h * w, label=f"{h} x {w}", height=h, width=w) for h, w in shapes)
 
 
 def counts(point: Callable[..., Point], field: str, *values: int) -> tuple[Point, ...]:
-    """A field of the point at these values."""
+    """Return points with these values of one field."""
     return tuple(point(x=value, label=str(value), **{field: value}) for value in values)
 
 
@@ -145,14 +145,14 @@ def query_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
 
 
 def training_queries(point: Callable[..., Point]) -> tuple[Point, ...]:
-    """One-to-many queries three times the one-to-one, as in the hybrid presets; together at most as many as tokens."""
+    """Return points with 3 one-to-many queries per one-to-one query, as in the presets; at most one per token."""
     values = (32, 64, 128, 256, 512)
     options = [(("num_queries", n), ("num_one_to_many_queries", 3 * n)) for n in values]
     return tuple(point(x=4 * n, label=str(4 * n), options=o) for n, o in zip(values, options, strict=True))
 
 
 def thread_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
-    """Powers of two, up to all cores."""
+    """Return powers of two up to the number of cores."""
     values = [2**i for i in range((os.cpu_count() or 1).bit_length())]
     return tuple(point(x=n, label=str(n), threads=n, height=384, width=512, batch=2) for n in values)
 
@@ -162,14 +162,14 @@ def thread_counts(point: Callable[..., Point]) -> tuple[Point, ...]:
 
 @functools.cache
 def build(preset: str, options: tuple[tuple[str, int], ...], *, training: bool) -> tuple[Any, torch.optim.Optimizer]:
-    """Random weights; heads that are not zero, so that the joints of a pose lie apart as they do after training."""
+    """Return a model with random weights, whose heads are not zero, so that keypoints differ as after training."""
     torch.manual_seed(0)
     model = HPetrForPoseEstimation(HPetrConfig.preset(preset, **dict(options)))
     for name, parameter in model.named_parameters():
         if "keypoint_heads" in name or "joint_decoder.heads" in name:
             torch.nn.init.normal_(parameter, std=0.03)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    if training:  # what a run holds all the time: AdamW's two values a weight
+    if training:  # AdamW's two values per weight
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, 1e-9)
         optimizer.step()
@@ -178,7 +178,7 @@ def build(preset: str, options: tuple[tuple[str, int], ...], *, training: bool) 
 
 
 def run(point: Point, *, training: bool) -> dict[str, float]:
-    """Seconds of every stage of one inference or training step."""
+    """Return the seconds of every stage of one inference or training step."""
     torch.set_num_threads(point.threads)
     model, optimizer = build(point.preset, point.options, training=training)
     pixels = torch.randn(point.batch, 3, point.height, point.width)
@@ -212,7 +212,7 @@ def training_step(
 
 @contextmanager
 def marked_losses(model: HPetrForPoseEstimation, marks: Marks) -> Iterator[None]:
-    """Marks on matching and heatmap branch; what remains of the forward pass is the losses."""
+    """Mark matching and heatmap branch; the rest of the forward pass is the losses."""
 
     def marked(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -234,7 +234,7 @@ def marked_losses(model: HPetrForPoseEstimation, marks: Marks) -> Iterator[None]
 
 
 def time_sweep(sweep: Sweep, repeats: int) -> list[list[dict[str, float]]]:
-    """Stage times of every point and round, after a run of the first point that warms up."""
+    """Return the stage times of every point and round, after one run of the first point to warm up."""
     rng = np.random.default_rng(0)
     times: list[list[dict[str, float]]] = [[] for _ in sweep.points]
     run(sweep.points[0], training=sweep.training)
@@ -245,7 +245,7 @@ def time_sweep(sweep: Sweep, repeats: int) -> list[list[dict[str, float]]]:
 
 
 def peak_memory(point: Point, training: bool) -> float:
-    """Bytes that a run needs above the loaded model, its optimizer included."""
+    """Return the bytes that a run needs above the loaded model and its optimizer."""
     torch.set_num_threads(point.threads)
     build(point.preset, point.options, training=training)
     RESET.write_text("5")
@@ -255,14 +255,14 @@ def peak_memory(point: Point, training: bool) -> float:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process alone; `getrusage` would give a parent's peak where that is larger."""
+    """Return the bytes of this process alone; `getrusage` would give a parent's peak where that is larger."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return 1024 * int(found[1])
 
 
 def measure(sweep: Sweep, repeats: int, fresh: ProcessPoolExecutor) -> Result:
-    """`fresh` runs every task in a process of its own."""
+    """Measure a sweep; `fresh` runs every task in its own process."""
     times = fresh.submit(time_sweep, sweep, repeats).result()
     whole = [[sum(stages.values()) for stages in rounds] for rounds in times]
     peaks = [fresh.submit(peak_memory, p, sweep.training).result() for p in sweep.points] if RESET.exists() else None
@@ -289,14 +289,14 @@ def measure(sweep: Sweep, repeats: int, fresh: ProcessPoolExecutor) -> Result:
 
 
 def upper_half(x: Sequence[float]) -> slice:
-    """The points above the middle of the range on a logarithmic axis, and at least the last three."""
+    """Return the points above the middle of the range on a logarithmic axis, and at least the last three."""
     middle = math.sqrt(x[0] * x[-1])
     first = next(i for i, value in enumerate(x) if value >= middle)
     return slice(max(0, min(first, len(x) - 3)), None)
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Exponent and factor of y = factor * x^exponent over the upper half; None where y is not positive."""
+    """Return exponent and factor of y = factor * x^exponent over the upper half; None where y is not positive."""
     half = upper_half(x)
     if min(y[half]) <= 0:
         return None
@@ -314,7 +314,7 @@ def axis_label(sweep: Sweep) -> str:
 
 
 def table(sweep: Sweep, result: Result) -> str:
-    """Markdown: milliseconds of every point, MB, and exponents."""
+    """Return a Markdown table: milliseconds of every point, MB, and exponents."""
     x = [point.x for point in sweep.points]
     counted = ["operations' exponent"] if not sweep.training and sweep.axis != "threads" else []
     rows = [[axis_label(sweep), *(point.label for point in sweep.points), "exponent", *counted]]
@@ -334,9 +334,9 @@ def table(sweep: Sweep, result: Result) -> str:
 
 
 def draw(sweep: Sweep, result: Result) -> Figure:
-    """Time and memory over x, both logarithmic, in ink that can be read on white and on black.
+    """Draw time and memory over x on logarithmic axes, in colors that are readable on white and on black.
 
-    The Figure is used by itself: pyplot would choose a window system.
+    The Figure is used directly, because pyplot would choose a window system.
     """
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     widths = [3, 2] if result.memory else [1]
@@ -358,7 +358,7 @@ def draw(sweep: Sweep, result: Result) -> Figure:
 
 
 def curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, color: str, marker: str, width: float) -> None:
-    """A curve, its exponent in the legend and, for a thick one, the fitted line."""
+    """Draw a curve, its exponent in the legend and, for a thick one, the fitted line."""
     label = f"{name}: {exponent_text(x, y)}"
     axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=width, label=label)
     fitted = fit(x, y)
@@ -376,7 +376,7 @@ def finish(axes: Axes, sweep: Sweep, title: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    if high < 4 * low:  # what hardly grows must not look steep
+    if high < 4 * low:  # a nearly constant curve must not look steep
         axes.set_ylim(low / 2, high * 2)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(axis_label(sweep), fontsize=9, color=INK)
@@ -388,7 +388,7 @@ def finish(axes: Axes, sweep: Sweep, title: str) -> None:
 
 
 def fill_page(page: Path, name: str, text: str) -> None:
-    """Replace what stands between a sweep's markers."""
+    """Replace the table between a sweep's markers."""
     before = page.read_text(encoding="utf-8")
     pattern = rf"(<!-- scaling: {name} -->\n).*?(<!-- end -->)"
     after, found = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", before, count=1, flags=re.DOTALL)

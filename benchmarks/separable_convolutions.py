@@ -1,9 +1,9 @@
-"""MoveNet's network with its separable convolutions in C, and with torch's convolutions, side by side.
+"""Time of MoveNet's network with its separable convolutions in C and with torch's convolutions.
 
     python benchmarks/separable_convolutions.py [--size 384x512] [--threads 2] [--repeats 20]
 
-Float32, batch 1, random pixels, h-petr-nano's weights. Stages in turn, each with both kernels before the next repeat;
-the medians' quotient says how many times faster C is.
+Float32, batch 1, random pixels, h-petr-nano's weights. Every repeat times each stage with both kernels in turn. The
+factor is the quotient of the medians.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpetr.model.backbones.movenet import MoveNetBackbone
 
 
 def side_by_side(function: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median milliseconds of `function` with each kernel."""
+    """Return the median milliseconds of `function` with each kernel."""
     times: dict[str, list[float]] = {"c": [], "reference": []}
     for repeat in range(repeats + 3):
         for kernel, spent in times.items():

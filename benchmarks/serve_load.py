@@ -1,10 +1,10 @@
-"""Many clients at once on one `hpetr serve`: what they get, how long it takes, and whether memory stays.
+"""Load test of one `hpetr serve` by many clients: responses, latency and memory.
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 20] [--queue 8] [--batch-size 1] [--checkpoint DIR]
 
-Each client has one connection and asks again as soon as it is answered; after a 503 it waits a random part of what
-`Retry-After` says. Server and clients share the machine. Every answer other than poses and 503 is a failure, and ends
-the benchmark with exit code 1.
+Each client has one connection and sends the next request as soon as it has a response; after a 503 it waits a random
+share of `Retry-After`. Server and clients share the machine. Any response other than poses and 503 is a failure and
+ends the benchmark with exit code 1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(args: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
-    """A server on a free port."""
-    command = [sys.executable, "-m", "hpetr.cli.main", "serve", "--port", "0", "--queue", str(args.queue)]
+    """Start a server on a free port, and return the process and the port."""
+    command = [sys.executable, "-m", "hpetr", "serve", "--port", "0", "--queue", str(args.queue)]
     command += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -44,7 +44,7 @@ def metrics(port: int) -> dict[str, float]:
 
 
 def client(port: int, image: bytes, end: float, outcomes: Counter[str], times: list[float]) -> None:
-    """One connection until the end; `outcomes` and `times` are its own."""
+    """Send requests over one connection until the time `end`; `outcomes` and `times` belong to this client."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     while (begin := time.perf_counter()) < end:
         try:
@@ -89,14 +89,14 @@ def main() -> None:
     image = args.image.read_bytes()
     server, port = start(args)
     try:
-        measure(port, image, 2, 2)  # what is allocated at first use is no growth
+        measure(port, image, 2, 2)  # allocations of the first use do not count as growth
         before = metrics(port)
         outcomes, times = measure(port, image, args.clients, args.seconds)
         after = metrics(port)
     finally:
         server.terminate()
         code = server.wait(120)
-    memory = [figures["process_resident_memory_bytes"] / 1e6 for figures in (before, after)]
+    memory = [values["process_resident_memory_bytes"] / 1e6 for values in (before, after)]
     batches, images = (after[name] - before[name] for name in ("hpetr_batch_size_count", "hpetr_batch_size_sum"))
     print(f"{args.clients} clients, {args.seconds:g} s, {len(image) / 1e3:.0f} kB image, queue {args.queue}")
     print(f"answers: {', '.join(f'{count} x {kind}' for kind, count in sorted(outcomes.items()))}")

@@ -1,16 +1,17 @@
-"""Time and memory of one training step: the official order of computation against hpetr's, on the same weights.
+"""Time and memory of a training step in the official order of computation and in hpetr's, on the same weights.
 
     python benchmarks/training_step.py [--preset h-petr-r50] [--size 640x640] [--batch 2] [--threads 2] [--repeats 3]
         [--device cpu] [--precision float32] [--gradient-checkpointing] [--compile] [--skip-literal] [--joint-decoder]
         [--profile]
 
-The literal order does what the official code does: deformable attention by grid_sample; the keypoint MLP of the
-proposals with gradient on every token; all queries under a block mask; costs for each image, layer and group by
-itself, with a loop over people; heatmap targets person by person; the image's memory copied for every matched pose,
+The literal order computes as the official code does: deformable attention by grid_sample; the keypoint MLP of the
+proposals with gradient on every token; all queries under a block mask; costs for each image, layer and group
+separately, with a loop over people; heatmap targets person by person; the image's memory copied for every matched pose,
 and each copy projected in every layer of the joint decoder. Both orders give the same loss terms (dropout 0), which the
-script checks. Each runs in a process of its own, so that peak memory is its own. A step is forward, losses, backward,
-clipping and AdamW. With a GPU, `--device cuda` takes 800 x 1333 images, batches of 1, 2, 4, 8 and 16,
-float32 and bfloat16, unless told otherwise. Random weights and people: time does not depend on them.
+script checks. Each runs in its own process, so that peak memory is its own.
+
+A step is forward, losses, backward, clipping and AdamW. With `--device cuda` the defaults are 800 x 1333 images,
+batches of 1, 2, 4, 8 and 16, float32 and bfloat16. Weights and people are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LITERAL_JOINT_POSES = 200  # with 800, the copies of one image's memory would ta
 
 
 def build_model(preset: str, device: str) -> HPetrForPoseEstimation:
-    """Random weights; heads that are not zero, so that poses spread and every layer's loss differs."""
+    """Return a model with random weights and nonzero heads, so that poses and the losses of the layers differ."""
     torch.manual_seed(0)
     model = HPetrForPoseEstimation(HPetrConfig.preset(preset, dropout=0.0, deformable_dropout=0.0))
     for name, parameter in model.named_parameters():
@@ -48,7 +49,7 @@ def build_model(preset: str, device: str) -> HPetrForPoseEstimation:
 
 
 def random_people(count: int, height: int, width: int, seed: int, device: str) -> dict[str, Tensor]:
-    """Labels of people about 150 pixels tall, two thirds of their keypoints labelled."""
+    """Return labels of people about 150 pixels tall, two thirds of their keypoints labelled."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height])
     center = (0.15 + 0.7 * torch.rand(count, 1, 2, generator=generator)) * size
@@ -72,7 +73,7 @@ def peak_megabytes(device: str) -> float:
 
 
 def measure_step(args: argparse.Namespace) -> dict:
-    """Median seconds of the parts of a step, peak memory in MB; in the literal order how far the loss terms differ."""
+    """Return median seconds of the parts of a step, peak memory in MB; in the literal order also loss differences."""
     height, width = (int(side) for side in args.size.split("x"))
     model = build_model(args.preset, args.device)
     if args.gradient_checkpointing:
@@ -94,7 +95,7 @@ def measure_step(args: argparse.Namespace) -> dict:
     }
     apart: float | None = None
     if args.order == "literal" and not half:
-        # On one kernel: where the sampling of another rounds otherwise, two proposals of nearly equal score may change
+        # On one kernel: another kernel rounds differently, so two proposals of nearly equal score may change
         # places, and whole queries with them.
         with torch.no_grad():
             literal, ours = (
@@ -134,7 +135,7 @@ def now(device: str) -> float:
 
 
 def measure_joint_decoder(args: argparse.Namespace) -> dict:
-    """Peak memory in MB of the joint decoder alone, forward and backward, for `args.joint_poses` poses of an image."""
+    """Return the peak memory in MB of the joint decoder, forward and backward."""
     height, width = (int(side) for side in args.size.split("x"))
     model = build_model(args.preset, args.device)
     with torch.no_grad():
@@ -155,7 +156,7 @@ def measure_joint_decoder(args: argparse.Namespace) -> dict:
 
 
 def profile_step(args: argparse.Namespace) -> None:
-    """hpetr's step by operator."""
+    """Print the time of hpetr's step by operator."""
     height, width = (int(side) for side in args.size.split("x"))
     model = build_model(args.preset, args.device)
     pixels = torch.randn(args.batch, 3, height, width, device=args.device)
@@ -168,7 +169,7 @@ def profile_step(args: argparse.Namespace) -> None:
 
 
 def run(order: str, args: argparse.Namespace, **options: object) -> dict | None:
-    """The measurement of one order in a process of its own, the literal one on grid_sample; None: out of memory."""
+    """Measure one order in its own process, the literal one with grid_sample; None if out of memory."""
     settings = {name: value for name, value in vars(args).items() if name not in ("skip_literal", "profile")}
     settings |= {"order": order, **options}
     command = [sys.executable, __file__]

@@ -1,8 +1,8 @@
-"""AP of exported models: what other runtimes and half precision cost.
+"""AP of exported models, to see the effect of other runtimes and of half precision.
 
     python benchmarks/quality/exported_ap.py annotations.json model.onnx model.xml [--images FOLDER] [--threads 2]
 
-Every pose of every image, whatever its score, as `hpetr eval` has it; the ten figures of the COCO keypoint protocol.
+As in `hpetr eval`, all poses of every image count, whatever their scores. Prints the ten metrics of COCO's protocol.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpetr.evaluation.evaluate import coco_metrics, read_ground_truth
+from hpetr.data.coco import read_ground_truth
+from hpetr.evaluation.evaluate import coco_metrics
 from hpetr.runtime import ExportedPredictor
 
 
@@ -30,11 +31,11 @@ def main() -> None:
         results = []
         for image in truth["images"]:
             results += predictor(folder / image["file_name"]).to_coco(image["id"], categories)
-        figures = coco_metrics(truth, results, predictor.skeleton.sigmas)
+        metrics = coco_metrics(truth, results, predictor.skeleton.sigmas)
         if not heading:
-            print(f"{'':24}" + "".join(f"{name:>8}" for name in figures))
+            print(f"{'':24}" + "".join(f"{name:>8}" for name in metrics))
             heading = True
-        print(f"{Path(model).name:24}" + "".join(f"{value:>8.4f}" for value in figures.values()))
+        print(f"{Path(model).name:24}" + "".join(f"{value:>8.4f}" for value in metrics.values()))
 
 
 if __name__ == "__main__":

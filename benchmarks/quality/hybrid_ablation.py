@@ -1,12 +1,12 @@
-"""Whether hybrid matching helps: the same model, data, steps and seeds with and without one-to-many queries.
+"""Effect of hybrid matching: the same model, data, steps and seeds with and without one-to-many queries.
 
     python benchmarks/quality/hybrid_ablation.py RECIPE data.val.annotations=FILE [key=value ...] [--seeds 0 1 2]
         [--variants one-to-one hybrid] [--every 200] [--output outputs/ablation] [--figure ablation.svg]
 
-Every run is `hpetr train` in a process of its own, with an evaluation every so many steps; one that was interrupted
-goes on, and one that is done is not repeated. Variants are `one-to-one`, `hybrid`, and `k5` or `q300` for hybrid with
-another number of copies of each person, or of one-to-many queries. The table has the last AP, mean and standard
-deviation over seeds, and seconds a step; the figure the AP over steps, with the seeds' range.
+Every run is `hpetr train` in its own process, evaluated at a fixed interval of steps. Interrupted runs are resumed,
+finished ones are not repeated. Variants are `one-to-one`, `hybrid`, and `k5` or `q300` for hybrid with another number
+of copies of each person or of one-to-many queries. The table has mean and standard deviation of the last AP over seeds,
+and seconds per step. The figure has AP over steps with the range over seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ K, QUERIES = 4, 100  # of `hybrid`
 
 
 def options_of(variant: str) -> dict[str, int]:
-    """The model options of a variant."""
+    """Return the model options of a variant."""
     if variant == "one-to-one":
         return {"num_one_to_many_queries": 0}
     options = {"num_one_to_many_queries": QUERIES, "one_to_many_k": K}
@@ -40,20 +40,20 @@ def options_of(variant: str) -> dict[str, int]:
 
 
 def train(recipe: Path, overrides: list[str], variant: str, seed: int, every: int, folder: Path) -> list[dict]:
-    """The log of a run, which is trained where it is not done."""
+    """Return the log of a run, training it first if it is not finished."""
     done = folder / "done"
     if not done.exists():
         options = {**load_recipe(recipe, overrides).model.options, **options_of(variant)}
         settings = [f"output={folder}", f"train.seed={seed}", f"train.eval_every={every}", f"train.save_every={every}"]
         settings.append(f"model.options={json.dumps(options)}")
-        command = [sys.executable, "-m", "hpetr.cli.main", "train", str(recipe), "--resume", *overrides, *settings]
+        command = [sys.executable, "-m", "hpetr", "train", str(recipe), "--resume", *overrides, *settings]
         subprocess.run(command, check=True)
         done.touch()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def curve(log: list[dict]) -> dict[int, float]:
-    """AP by step."""
+    """Return AP by step."""
     return {entry["step"]: entry["AP"] for entry in log if "AP" in entry}
 
 

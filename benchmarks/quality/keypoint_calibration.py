@@ -1,15 +1,16 @@
-"""How far the scores of single joints can be believed: a reliability plot and the expected calibration error.
+"""Calibration of keypoint scores: a reliability plot and the expected calibration error.
 
     hpetr eval CHECKPOINT annotations.json --output eval.json
     python benchmarks/quality/keypoint_calibration.py eval.json annotations.json [--figure calibration.svg]
 
-Poses are matched to people as COCO does: best score first, each to the free person of the highest OKS, at least one
-half. A joint of a matched pose is right where its own keypoint similarity is at least one half. Joints without label
-count as wrong: in COCO nobody could see them. Of each tenth of scores: the mean score, and the share that is right. The
-error is the mean distance of the two, weighted by joints (Guo et al. 2017, arXiv 1706.04599).
+Poses are matched to people as in COCO's protocol: best score first, each to the free person of the highest OKS, at
+least one half. A keypoint of a matched pose is right if its own similarity is at least one half. Keypoints without a
+label count as wrong: in COCO they were not visible to the annotator. For each tenth of the scores, the script prints
+the mean score and the share of right keypoints. The error is the mean difference of the two, weighted by the number of
+keypoints (Guo et al. 2017, arXiv 1706.04599).
 
-With `--calibrate CHECKPOINT --output FOLDER` two numbers are fitted to these joints, a factor on the scores' logits and
-a shift (Platt 1999), and a copy of the checkpoint is written whose last layer has them.
+With `--calibrate CHECKPOINT --output FOLDER`, a factor and a shift of the scores' logits are fitted to these keypoints
+(Platt 1999), and a copy of the checkpoint is written whose last layer includes them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BINS = 10
 
 
 def similarity(pose: np.ndarray, person: dict, sigmas: np.ndarray) -> np.ndarray:
-    """(K,) similarity of each joint of a pose (K, 3) to a person's, whether it is labelled or not."""
+    """Return the similarity (K,) of each keypoint of a pose (K, 3) to a person's, labelled or not."""
     truth = np.array(person["keypoints"], dtype=float).reshape(-1, 3)
     squared = ((pose[:, :2] - truth[:, :2]) ** 2).sum(1)
     return np.exp(-squared / (2 * person["area"] * (2 * sigmas) ** 2))
@@ -41,7 +42,7 @@ def similarity(pose: np.ndarray, person: dict, sigmas: np.ndarray) -> np.ndarray
 def judged_joints(
     poses: list[dict], people: list[dict], sigmas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of all joints of matched poses (m, K): their scores, whether they are right, and whether they are labelled."""
+    """Return scores, right and labelled, (m, K) each, of the keypoints of all matched poses."""
     free = defaultdict(list)
     for person in people:
         if person["num_keypoints"] and not person.get("iscrowd"):
@@ -66,7 +67,7 @@ def judged_joints(
 
 
 def calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, list[tuple[float, float, int]]]:
-    """Expected calibration error, and mean score, share of right ones and number of each bin that has any."""
+    """Return the expected calibration error, and mean score, share of right keypoints, size of non-empty bins."""
     place = np.minimum((scores * BINS).astype(int), BINS - 1)
     rows = [
         (float(scores[inside].mean()), float(right[inside].mean()), int(inside.sum()))
@@ -77,7 +78,7 @@ def calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, list[tupl
 
 
 def fit(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """Factor and shift of the scores' logits that make the judged joints likeliest; Newton's method."""
+    """Return the factor and shift of the scores' logits of maximum likelihood, by Newton's method."""
     scores = scores.clip(1e-6, 1 - 1e-6)
     inputs = np.stack([np.log(scores / (1 - scores)), np.ones_like(scores)], 1)  # (n, 2)
     values = np.array([1.0, 0.0])
@@ -91,7 +92,7 @@ def fit(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 def write_calibrated(checkpoint: Path, factor: float, shift: float, output: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
     if model.joint_decoder.score_head is None:
-        sys.exit(f"error: {checkpoint} has no scores of single joints")
+        sys.exit(f"error: {checkpoint} has no keypoint scores")
     last = model.joint_decoder.score_head[-1]
     with torch.no_grad():
         last.weight.mul_(factor)
@@ -102,13 +103,13 @@ def write_calibrated(checkpoint: Path, factor: float, shift: float, output: Path
 def draw(rows: list[tuple[float, float, int]], error: float, path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "hpetr", "svg.fonttype": "none"})
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="score of a joint", ylabel="share of joints that are right", aspect="equal")
+    axes = figure.add_subplot(xlabel="score of a keypoint", ylabel="share of right keypoints", aspect="equal")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     mean, share, count = zip(*rows, strict=True)
     axes.plot(mean, share, marker="o", color="#1f6feb")
     for x, y, n in rows:
         axes.annotate(f"{n:,}", (x, y), textcoords="offset points", xytext=(6, -10), fontsize=7, color="0.35")
-    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{sum(count):,} joints, expected calibration error {error:.3f}")
+    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{sum(count):,} keypoints, expected calibration error {error:.3f}")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -126,11 +127,11 @@ def main() -> None:
     people = json.loads(args.annotations.read_text(encoding="utf-8"))["annotations"]
     scores, right, labelled = judged_joints(poses, people, np.array(open_dataset(args.annotations).skeleton.sigmas))
     error, rows = calibration(scores.ravel(), right.ravel())
-    print(f"{len(scores)} poses matched to people, {scores.size:,} joints, {labelled.mean():.0%} of them labelled")
-    print(f"{'mean score':>12}{'right':>8}{'joints':>9}")
+    print(f"{len(scores)} poses matched to people, {scores.size:,} keypoints, {labelled.mean():.0%} of them labelled")
+    print(f"{'mean score':>12}{'right':>8}{'keypoints':>11}")
     for score, share, count in rows:
         print(f"{score:>12.3f}{share:>8.3f}{count:>9,}")
-    print(f"expected calibration error: {error:.3f}; of labelled joints alone: ", end="")
+    print(f"expected calibration error: {error:.3f}; of labelled keypoints alone: ", end="")
     print(f"{calibration(scores[labelled], right[labelled])[0]:.3f}")
     if args.figure is not None:
         draw(rows, error, args.figure)

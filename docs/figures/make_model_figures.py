@@ -82,7 +82,7 @@ def trace(predictor: PosePredictor, path: Path) -> Trace:
     for hook in hooks:
         hook.remove()
 
-    proposals, predictions, _ = kept[model.pose_decoder][1]
+    (predictions, _), proposals = kept[model.pose_decoder][1], kept[model.pose_decoder][0][2]
     (_, grid, before), (refined, _) = kept[model.joint_decoder]
     attentions = [(layer.attention, kept[layer.attention][0]) for layer in model.pose_decoder.layers]
     shares = grid.valid_ratios[0]  # (L, 2) of each padded map that is image
@@ -208,7 +208,7 @@ def pose_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
     for number, (axis, stage) in enumerate(zip(axes, stages, strict=True)):
         show_image(axis, trace, f"after layer {number}" if number else "proposals", view, dim=0.2)
         for rank, query in zip(ranks, queries, strict=True):
-            draw_pose(axis, trace, stage[query], person_color(rank + 1).as_hex())
+            draw_pose(axis, trace, stage[query], np.divide(person_color(rank), 255))
     return figure
 
 
@@ -242,7 +242,7 @@ def joint_decoder_figure(trace: Trace, ranks: list[int]) -> Figure:
     for axis, poses, title in zip(axes, (trace.before, trace.after), titles, strict=True):
         show_image(axis, trace, title, view, dim=0.2)
         for rank in ranks:
-            draw_pose(axis, trace, poses[rank], person_color(rank + 1).as_hex())
+            draw_pose(axis, trace, poses[rank], np.divide(person_color(rank), 255))
     for way in np.stack([trace.before, trace.after], -1)[ranks].reshape(-1, 2, 2):  # x, y of start and end
         axes[1].plot(*way, color=MOVED, linewidth=1.6, zorder=4)
     return figure

@@ -8,6 +8,7 @@ of the block is a comment with the name) are written, commands and Python blocks
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -30,13 +31,17 @@ from hpetr.training.recipe import load_recipe, recipe_values
 from paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 COMMANDS, DATA = {"bash", "console"}, {"yaml", "json"}
 # Blocks that need something of their own, and the test that runs them.
 ELSEWHERE = {"py": ROOT / "tests" / "server" / "test_serve.py"}
 OUR_FILES = re.compile(r"(?<![\w/.-])((?:recipes|benchmarks|examples|tests|docs|src)/[\w./-]*\w)")
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -94,7 +99,7 @@ def write_data(folder: Path, language: str, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_page_runs(reader: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "official.pth" in page.read_text(encoding="utf-8"):
         model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-r50"))
@@ -117,7 +122,7 @@ def test_page_runs(reader: Path, page: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert page.name in ELSEWHERE[language].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_what_the_text_names_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = prose(page)
     for command in re.findall(r"`(python (?:benchmarks|docs)/[^`]+)`", text):
@@ -144,8 +149,12 @@ def test_notebook_runs(reader: Path, notebook: Path) -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    page = (DOCS / "api.md").read_text(encoding="utf-8")
-    documented = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    paths = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), f"docs/api: no {path}"
+    documented = {path.rpartition(".")[2] for path in paths}
     assert set(hpetr.__all__) - {"__version__"} <= documented
     assert set(hpetr_data.__all__) <= documented
 
@@ -177,7 +186,7 @@ def test_migration_tables_name_what_there_is() -> None:
 
 
 def test_every_command_and_option_is_in_the_docs() -> None:
-    pages = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+    pages = {page_name(page): page.read_text(encoding="utf-8") for page in PAGES}
     sections = set(re.findall(r"^## (\w+)", pages["cli"], re.MULTILINE))
     words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(pages.values())))
     for path, command in doc_commands.all_commands():

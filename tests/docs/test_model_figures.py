@@ -60,4 +60,4 @@ def test_images_are_written(traced: Trace, tmp_path: Path) -> None:
     for path in write_figures(traced, tmp_path, threshold=0.0):
         with Image.open(path) as image:
             assert min(image.size) > 300
-            assert np.asarray(image).std() > 20
+            assert np.ptp(np.asarray(image)) > 200  # dark lines on a bright ground
