@@ -1,4 +1,4 @@
-"""The commands of a page: those of hpetr run, those that need other machines are parsed as far as can be done here."""
+"""Run the commands of a page; parse those that need other machines."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from hpetr.runtime.__main__ import main as run_exported
 from hpetr.training.recipe import load_recipe
 from paths import ROOT
 
-# What a reader brings. A command that names it, itself or by its recipe, must get as far as to ask for it.
+# Files of the reader. A command that names one, itself or by its recipe, may fail because the file does not exist.
 READERS_OWN = re.compile(
     r"/path/to/|data/(coco|crowdpose)/|people\.json|resnet\w*\.safetensors|weights/resnet|\bzoo\b|runs/"
 )
 NOT_THERE = re.compile(r"no such|cannot be read|cannot read|is missing|not found")
 PLACEHOLDER = re.compile(r"\[|<|\.\.\.|(?<![\w-])[A-Z][A-Z_]{2,}")  # DIR, [--option N], INPUTS...: a synopsis
-# Programs that say nothing about hpetr.
+# Programs that are not checked.
 OTHERS = {"cd", "export", "git", "hf"}
 
 
 def commands_of(block: str, language: str) -> list[str]:
-    """One string a command: comments are gone, continued lines joined; in a console block, those behind `$`."""
+    """Return the commands, without comments and with continued lines joined; of a console block, those after `$`."""
     lines = block.replace("\\\n", " ").split("\n")
     if language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -59,7 +59,7 @@ def split(command: str) -> list[str]:
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
-    """The command of `hpetr` that the words name, and its arguments."""
+    """Return the command of `hpetr` that the words name, and its arguments."""
     command, rest = typer.main.get_command(app), list(words)
     while hasattr(command, "commands") and rest:
         if rest[0].startswith("-"):
@@ -70,7 +70,7 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def all_commands() -> list[tuple[list[str], Any]]:
-    """Every command of `hpetr` with the words that lead to it."""
+    """Return every command of `hpetr` with the words that name it."""
     found, groups = [], [([], typer.main.get_command(app))]
     while groups:
         path, group = groups.pop()
@@ -81,7 +81,7 @@ def all_commands() -> list[tuple[list[str], Any]]:
 
 
 def check_synopsis(command: str) -> None:
-    """The command exists, and so do all the options that are named."""
+    """Check that the command exists, and so do all options that are named."""
     words = command.replace("[", " ").replace("]", " ").replace("|", " ").split()
     words = words[words.index("hpetr.cli.main" if "hpetr.cli.main" in words else "hpetr") + 1 :]
     found, rest = find_command([word for word in words if word not in ("OPTIONS", "COMMAND")])
@@ -100,7 +100,7 @@ def parse(words: list[str]) -> None:
 
 
 def run_hpetr(words: list[str]) -> str:
-    """Run it here, and give what it printed; `serve`, cameras and streams, which do not end, are only parsed."""
+    """Run a command and return its output; `serve`, cameras and streams, which do not end, are only parsed."""
     endless = any(word.isdigit() or "://" in word for word in words[1:2])
     if words[0] == "serve" or (words[0] == "predict" and endless):
         parse(words)
@@ -120,7 +120,7 @@ def _torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Parsed(Exception):
-    """A script's arguments are parsed: its work would begin now."""
+    """Raised once a script's arguments are parsed, before its work begins."""
 
 
 def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +162,14 @@ def _make(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pip(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extras exist, and so do the files that are named."""
+    """Check that the extras and the files that are named exist."""
     assert words[0] == "install"
+    assert not [word for word in words if word.startswith("hpetr")], "hpetr is on no package index"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for option, word in zip(["", *words], words, strict=False):
         if option in ("-c", "-r"):
             assert (ROOT / word).is_file()
-        if wanted := re.fullmatch(r"(?:hpetr|\.)\[(.+)\]", word):
+        if wanted := re.fullmatch(r"\.\[(.+)\]", word):
             assert set(wanted[1].split(",")) <= set(extras), word
 
 
@@ -181,7 +182,7 @@ def _sbatch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def _routes() -> dict[str, set[str]]:
-    """Methods by path of `hpetr serve`."""
+    """Return the methods by path of `hpetr serve`."""
     from hpetr import PosePredictor
     from hpetr.server.app import Service, create_app
 
@@ -208,7 +209,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run or parse a command; what `hpetr` printed."""
+    """Run or parse a command, and return the output of `hpetr`."""
     if is_synopsis(command):
         if "hpetr " in command or "hpetr.cli.main" in command:
             check_synopsis(command)

@@ -1,7 +1,7 @@
-"""The README, the pages in docs/ and the notebook do what they say: all of their code runs as it stands there.
+"""The code of the README, the pages in docs/ and the notebook runs as it is printed.
 
-A page is gone through from top to bottom in a folder of its own, as a reader would: files that it shows (the first line
-of the block is a comment with the name) are written, commands and Python blocks run. What can't run here is parsed; see
+Each page runs from top to bottom in its own folder, as a reader would run it. Files that it shows (the first line of
+the block is a comment with the name) are written; commands and Python blocks run. What cannot run here is parsed; see
 `doc_commands`.
 """
 
@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 COMMANDS, DATA = {"bash", "console"}, {"yaml", "json"}
-# Blocks that need something of their own, and the test that runs them.
+# Languages of blocks that another test runs.
 ELSEWHERE = {"py": ROOT / "tests" / "server" / "test_serve.py"}
 OUR_FILES = re.compile(r"(?<![\w/.-])((?:recipes|benchmarks|examples|tests|docs|src)/[\w./-]*\w)")
 
@@ -45,7 +45,7 @@ def page_name(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of every fenced block."""
+    """Return the language and the text of every fenced block."""
     text = page.read_text(encoding="utf-8")
     return [
         (language.strip(), re.sub(f"^{indent}", "", body, flags=re.MULTILINE))
@@ -54,7 +54,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def shown_after_commands(page: Path) -> list[int]:
-    """The numbers of the text blocks that follow directly on commands: what those print."""
+    """Return the numbers of the text blocks that directly follow commands: the output of these."""
     text = page.read_text(encoding="utf-8")
     found = list(FENCE.finditer(text))
     return [
@@ -70,7 +70,7 @@ def prose(page: Path) -> str:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the examples name."""
+    """Return a folder with the files that the examples name."""
     image = ROOT / "examples" / "000000000785.jpg"
     for name in ("photo.jpg", "a.jpg", "b.jpg", "holiday/c.jpg", "photos/d.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_data(folder: Path, language: str, text: str) -> None:
-    """Check that a block is YAML or JSON, and write it where it names a file."""
+    """Check that a block is YAML or JSON, and write it if it names a file."""
     if language == "json":
         decoder, rest = json.JSONDecoder(), text.strip()
         while rest:
@@ -159,8 +159,8 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(hpetr_data.__all__) <= documented
 
 
-def test_migration_tables_name_what_there_is() -> None:
-    """Options of the model with the values of petr-r50, and recipe keys."""
+def test_migration_tables_are_true() -> None:
+    """Options of the model have the values of petr-r50; recipe keys exist."""
     config = HPetrConfig.preset("petr-r50")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

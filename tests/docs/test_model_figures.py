@@ -1,4 +1,4 @@
-"""The images of docs/model.md: the hooks keep what the network really computes."""
+"""The figures of docs/model.md show what the network computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation as a site: built without a warning, complete, and asking no other server for anything."""
+"""The documentation as a site: built without a warning, complete, and independent of other servers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Loads(HTMLParser):
-    """The addresses that a browser loads by itself, and all text."""
+    """The addresses that a browser loads automatically."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.addresses: list[str] = []
-        self.text: list[str] = []
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -45,9 +44,6 @@ class Loads(HTMLParser):
             self.addresses.append(given.get("src", ""))
         if tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
             self.addresses.append(given.get("href", ""))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def test_nothing_is_loaded_from_other_servers(site: Path) -> None:
