@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, InputError, PosePredictor, PoseResult
@@ -25,7 +24,6 @@ from hpetr.inference.open import open_predictor
 from hpetr.runtime import ExportedPredictor
 from hpetr.runtime.description import KEY, ModelDescription
 from hpetr.runtime.engine import load_engine
-from hpetr.runtime.images import read_image
 from paths import EXAMPLES
 from tiny_model import TINY, TINY_RESNET
 
@@ -298,19 +296,3 @@ def test_bad_commands_are_one_line(
     (line,) = result.stderr.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
-
-
-def test_images_are_read_as_with_pillow(tmp_path: Path) -> None:
-    upright = Image.open(PHOTOS[0]).resize((60, 40))
-    exif = upright.getexif()
-    exif[0x0112] = 6  # a quarter turn
-    upright.save(tmp_path / "turned.jpg", exif=exif)
-    upright.convert("L").save(tmp_path / "grey.png")
-    upright.convert("RGBA").save(tmp_path / "clear.png")
-    for path in (*PHOTOS[:2], *tmp_path.iterdir()):
-        assert (read_image(path) == load_image(path)).all(), path
-        assert (read_image(path.read_bytes()) == load_image(path)).all(), path
-    whole = PHOTOS[0].read_bytes()
-    for broken in (b"", b"no image", whole[: len(whole) // 2]):
-        with pytest.raises(InputError, match=r"truncated|not an image"):
-            read_image(broken)

@@ -1,14 +1,18 @@
+import importlib.util
 import io
 import struct
 import zlib
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hpetr.errors import InputError
 from hpetr.images.pixels import keep_ratio_size, normalize_and_pad, resize_image
-from hpetr.images.read import load_image
+from hpetr.images.read import decode_with_opencv, is_image, load_image
 
 
 @pytest.fixture
@@ -25,11 +29,39 @@ def test_path_bytes_pil_and_array_give_the_same(tmp_path, pixels):
         np.testing.assert_array_equal(loaded, pixels)
 
 
-def test_greyscale_repeats_over_the_channels(tmp_path, pixels):
-    grey = pixels[..., 0]
-    Image.fromarray(grey).save(tmp_path / "g.png")
-    for source in (tmp_path / "g.png", grey, grey[..., None]):
-        np.testing.assert_array_equal(load_image(source), np.repeat(grey[..., None], 3, axis=2))
+def test_binary_files_and_tensors_give_the_same(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+    with path.open("rb") as file:
+        for source in (file, io.BytesIO(path.read_bytes()), planes, planes / 255, (planes / 255).double()):
+            np.testing.assert_array_equal(load_image(source), pixels)
+    np.testing.assert_array_equal(load_image(planes[:1]), load_image(pixels[..., 0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(f"photos/A.{s}", True) for s in "jpg JPEG jfif jpe png webp bmp tif tiff gif avif jp2 ppm pgm heic".split()]
+    + [(f"a.{s}", False) for s in "pdf eps ps mpg mpeg mp4 txt h5 fits wmf json".split()]
+    + [("jpg", False), (".jpg", False), ("a.jpg/x", False)],
+)
+def test_images_by_their_suffix(name: str, expected: bool) -> None:
+    if name.endswith(".heic"):  # only where a plugin of Pillow is installed
+        expected = importlib.util.find_spec("pillow_heif") is not None
+    assert is_image(name) == is_image(Path(name)) == expected
+
+
+def test_a_plugin_of_pillow_adds_its_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.setitem(Image.EXTENSION, ".newformat", "PNG")
+    assert is_image("a.newformat")
+
+
+def test_grayscale_repeats_over_the_channels(tmp_path, pixels):
+    gray = pixels[..., 0]
+    Image.fromarray(gray).save(tmp_path / "g.png")
+    for source in (tmp_path / "g.png", gray, gray[..., None]):
+        np.testing.assert_array_equal(load_image(source), np.repeat(gray[..., None], 3, axis=2))
 
 
 def test_transparency_is_laid_on_white(tmp_path, pixels):
@@ -118,6 +150,78 @@ def test_jpegs_are_what_pillow_makes_of_them(mode, options, size):
         np.testing.assert_array_equal(load_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def kinds_of_files(folder: Path) -> dict[str, Path]:
+    """Files of every kind that is read without Pillow, by what is special about them."""
+    rng = np.random.default_rng(0)
+    rgba = cv2.resize(rng.integers(0, 256, (6, 9, 4), dtype=np.uint8), (60, 44))
+    rgb, gray = Image.fromarray(rgba[..., :3]), Image.fromarray(rgba[..., 0])
+    alpha, palette = Image.fromarray(rgba), Image.fromarray(rgba).quantize(64)
+    exact = {"lossless": True}
+    images: dict[str, tuple[Image.Image, dict]] = {
+        **{f"jpeg-turned-{n}.jpg": (rgb, {"exif": turned(n)}) for n in range(2, 9)},
+        "gray.jpg": (gray, {}),
+        "progressive.jpg": (rgb, {"progressive": True}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "rgb-turned.png": (rgb, {"exif": turned(5)}),
+        "rgba.png": (alpha, {}),
+        "rgba-turned.png": (alpha, {"exif": turned(6)}),
+        "gray-alpha-turned.png": (alpha.convert("LA"), {"exif": turned(7)}),
+        "palette-alpha-turned.png": (palette, {"exif": turned(8)}),
+        "palette.png": (rgb.quantize(64), {}),
+        "key.png": (rgb, {"transparency": rgb.getpixel((3, 4))}),
+        "bits.png": (rgb.convert("1"), {}),
+        "rgb-turned.webp": (rgb, {"exif": turned(3), **exact}),
+        "rgba-turned.webp": (alpha, {"exif": turned(6), **exact}),
+        "moving.webp": (alpha, {"save_all": True, "append_images": [alpha.rotate(180)], **exact}),
+        "palette.gif": (rgb.quantize(64), {}),
+        "transparent.gif": (rgb.quantize(64), {"transparency": 3}),
+        "rgb.bmp": (rgb, {}),
+        "palette.bmp": (rgb.quantize(64), {}),
+    }
+    for name, (image, options) in images.items():
+        image.save(folder / name, **options)
+    deep = rgba.astype(np.uint16) * 251 + 13
+    for name, array in (("gray16.png", deep[..., 0]), ("rgb16.png", deep[..., :3]), ("rgba16.png", deep)):
+        cv2.imwrite(str(folder / name), array)
+    with Image.open(folder / "gray16.png") as image:
+        image.save(folder / "gray16-turned.png", exif=turned(6))
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def test_without_pillow_the_pixels_are_the_same(tmp_path: Path) -> None:
+    files = kinds_of_files(tmp_path)
+    assert len(files) == 29
+    for name, path in files.items():
+        found, expected = decode_with_opencv(path.read_bytes(), name), load_image(path)
+        assert found.shape == expected.shape, name
+        # libjpeg and Pillow round the product of ink and black differently.
+        assert np.abs(found.astype(int) - expected).max() <= (name == "cmyk.jpg"), name
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".avif", ".jp2", ".ppm"])
+def test_without_pillow_other_files_are_refused(suffix: str, tmp_path: Path, pixels: np.ndarray) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(pixels).save(path)
+    load_image(path)
+    with pytest.raises(InputError, match=r"JPEG, PNG, WebP, GIF, BMP; other images need pip install pillow"):
+        decode_with_opencv(path.read_bytes(), str(path))
+
+
+@pytest.mark.parametrize("name", ["jpeg-turned-6.jpg", "progressive.jpg", "rgba.png", "gray16.png", "moving.webp"])
+@pytest.mark.parametrize("decode", [load_image, lambda data: decode_with_opencv(data, "file")])
+def test_truncated_files_are_refused(decode, name: str, tmp_path: Path) -> None:
+    data = kinds_of_files(tmp_path)[name].read_bytes()
+    for length in (len(data) // 2, len(data) * 3 // 4):
+        with pytest.raises(InputError, match="truncated"):
+            decode(data[:length])
+
+
 def test_a_pil_image_is_left_as_it_is(tmp_path, pixels):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -165,6 +269,11 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         np.zeros((4, 4, 5), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
         Image.new("F", (4, 4)),
+        torch.zeros(4, 4),
+        torch.zeros(2, 4, 4, dtype=torch.uint8),
+        torch.full((3, 4, 4), 1.5),
+        torch.zeros(3, 4, 4, dtype=torch.int64),
+        io.StringIO("text"),
         b"",
         7,
         None,

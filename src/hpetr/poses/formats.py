@@ -21,7 +21,7 @@ import yaml
 from hpetr.data.annotations import AREA_OF_BOX
 from hpetr.errors import InputError
 from hpetr.images.files import unique_stems, write_bytes, write_json
-from hpetr.images.read import IMAGE_SUFFIXES
+from hpetr.images.read import is_image
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
 
@@ -56,9 +56,10 @@ def check_formats(formats: Sequence[str], images: Sequence[Path], output: Path) 
             raise InputError(f"{place}: exists already, and labels are never written over: expected another output")
     if "yolo" in formats:
         for image in images:
-            if image.suffix.lower() not in IMAGE_SUFFIXES:
-                expected = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise InputError(f"{image}: a YOLO data set knows images by their suffix, expected {expected}")
+            if not is_image(image):
+                raise InputError(
+                    f"{image}: in a YOLO data set an image has the suffix of one, expected .jpg, .png, ..."
+                )
 
 
 def write_format(

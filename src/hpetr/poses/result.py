@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpetr.errors import InputError
+from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.draw import draw_poses
 from hpetr.poses.skeleton import COCO, Skeleton
 
 if TYPE_CHECKING:
     import supervision as sv
-
-    from hpetr.images.read import ImageSource
 
 # Fields with an entry for each pose.
 POSE_FIELDS = ("keypoints", "keypoint_scores", "scores", "boxes", "labels")
@@ -165,8 +164,6 @@ class PoseResult:
         Raises:
             InputError: there is no image to draw on, or it has another size than the one predicted on.
         """
-        from hpetr.images.read import load_image
-
         source = self.path if image is None else image
         if source is None:
             raise InputError("draw: the prediction did not come from a file, expected the image as argument")

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpetr.errors import InputError
 from hpetr.images.pixels import keep_ratio_size, normalize_and_pad, resize_image
+from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.predictor import Predictor, check_threshold
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
 from hpetr.runtime.engine import load_engine
-from hpetr.runtime.images import read_image
-
-if TYPE_CHECKING:
-    from hpetr.images.read import ImageSource
 
 
 class ExportedPredictor(Predictor):
@@ -83,8 +79,8 @@ class ExportedPredictor(Predictor):
         return keep_ratio_size(height, width, self.description.shortest_edge, self.description.longest_edge)
 
     def read(self, image: ImageSource) -> np.ndarray:
-        """An image as (H, W, 3) uint8 RGB, see `read_image`."""
-        return read_image(image)
+        """An image as (H, W, 3) uint8 RGB, see `load_image`."""
+        return load_image(image)
 
     def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
         """Poses of one batch of images, each (H, W, 3) uint8 RGB."""
