@@ -47,7 +47,7 @@ class ServerProcess:
     def __init__(self, *options: Any) -> None:
         self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hpetr.cli.main", "serve", "--port", "0", *map(str, options)],
+            [sys.executable, "-m", "hpetr.cli", "serve", "--port", "0", *map(str, options)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -310,6 +310,7 @@ def submit(batcher: Batcher, data: bytes, threshold: float = 0.0) -> Future[Any]
     batcher.admit()
     job = Job(data, check_image(data, Limits()), threshold)
     batcher.submit(job)
+    job.future.add_done_callback(lambda _: batcher.release())
     return job.future
 
 

@@ -175,11 +175,11 @@ def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
 
     tab.choose(IMAGE)
     tab.wait_for_poses()
-    assert not tab.page.is_visible("#joint-slider"), "all joints score 1"
+    assert not tab.page.is_visible("#keypoint-slider"), "all joints score 1"
     tab.page.route("**/v1/predict*", with_scores)
     tab.choose(IMAGE)
-    tab.page.wait_for_selector("#joint-slider:visible")
-    tab.page.fill("#joints", "0.6")
+    tab.page.wait_for_selector("#keypoint-slider:visible")
+    tab.page.fill("#keypoints", "0.6")
     tab.page.focus("#canvas")
     tab.page.keyboard.press("ArrowLeft")
     assert tab.page.inner_text("#tip").startswith("nose 0.00, person 1")
@@ -197,7 +197,7 @@ def test_errors_are_said_and_the_next_image_works(tab: Tab, tmp_path: Path) -> N
     said = tab.page.inner_text("#message")
     assert said == "notes.txt: The upload is not an image, expected JPEG, PNG, WebP, GIF, BMP or TIFF."
     tab.choose(large)
-    tab.page.wait_for_selector("text=The file has 3.0 MB, at most 2 MB are taken here.")
+    tab.page.wait_for_selector("text=The file has 3.0 MB, the server takes at most 2 MB.")
     assert tab.predictions() == 1, "what is too large is not sent"
     tab.choose(IMAGE)
     tab.wait_for_poses()

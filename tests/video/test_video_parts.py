@@ -1,4 +1,4 @@
-"""The parts of video prediction: frames decoded ahead, inputs told apart, names of outputs."""
+"""The parts of video prediction: frames decoded ahead, videos among the inputs, names of outputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 from clips import HEIGHT, WIDTH, make_clip, read_number
 from hpetr import InputError
-from hpetr.video import source as sources
+from hpetr.video import file_source
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.naming import output_stem, public_name, split_inputs
 from hpetr.video.source import Frame, Source, open_source
 
 
 class Counting(Source):
-    """Frames that only have a number and a packet's stand-in each."""
+    """Frames that only have a number, and the same number in place of a sound packet."""
 
     def __init__(self, count: int, live: bool, error: Exception | None = None) -> None:
         super().__init__("counting", live, Fraction(1, 25), None)
@@ -41,47 +41,51 @@ class Counting(Source):
 
 def take_all(frames: FrameQueue, count: int) -> list[Frame]:
     taken: list[Frame] = []
-    while batch := frames.take(count, lambda: False):
+    while batch := frames.take(count):
         taken += batch
     return taken
 
 
-def test_queue_of_a_file_gives_whole_batches_and_loses_nothing() -> None:
+def test_queue_of_a_file_gives_full_batches_and_loses_nothing() -> None:
     source = Counting(100, live=False)
-    frames = FrameQueue(source, capacity=8)
-    assert [frame.index for frame in frames.take(7, lambda: False)] == list(range(7))
-    assert [frame.index for frame in take_all(frames, 8)] == list(range(7, 100))
-    assert frames.dropped == 0
-    frames.close()
+    with FrameQueue(source, capacity=8) as frames:
+        assert [frame.index for frame in frames.take(7)] == list(range(7))
+        assert [frame.index for frame in take_all(frames, 8)] == list(range(7, 100))
+        assert source.dropped == 0
+        assert not source.closed.is_set()
     assert source.closed.wait(5)
 
 
 def test_queue_of_a_live_source_keeps_the_newest_and_all_sound() -> None:
     source = Counting(100, live=True)
-    frames = FrameQueue(source, capacity=3)
-    assert source.given.wait(5)
-    taken = take_all(frames, 2)
+    with FrameQueue(source, capacity=3) as frames:
+        assert source.given.wait(5)
+        taken = take_all(frames, 2)
     assert [frame.index for frame in taken] == [97, 98, 99]
-    assert frames.dropped == 97
+    assert source.dropped == 97
     assert [packet for frame in taken for packet in frame.sound] == list(range(100))
-    frames.close()
 
 
 def test_queue_gives_the_frames_before_an_error_and_then_the_error() -> None:
-    frames = FrameQueue(Counting(5, live=False, error=InputError("cut")), capacity=8)
-    assert len(frames.take(8, lambda: False)) == 5
-    with pytest.raises(InputError, match="cut"):
-        frames.take(8, lambda: False)
-    frames.close()
+    with FrameQueue(Counting(5, live=False, error=InputError("cut")), capacity=8) as frames:
+        assert len(frames.take(8)) == 5
+        with pytest.raises(InputError, match="cut"):
+            frames.take(8)
+
+
+def test_queue_ends_when_its_frames_are_unwanted() -> None:
+    with FrameQueue(Counting(100, live=False), capacity=8) as frames:
+        assert frames.take(8, lambda: True) == []
 
 
 def test_closing_a_queue_ends_a_thread_that_waits_for_room() -> None:
     source = Counting(100, live=False)
-    FrameQueue(source, capacity=2).close()
+    with FrameQueue(source, capacity=2):
+        pass
     assert source.closed.wait(5)
 
 
-def test_inputs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_split_from_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "b.jpg", "both/c.MOV", "both/d.png", "videos/e.webm", "1"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -103,8 +107,8 @@ def test_names_of_outputs() -> None:
     assert public_name("rtsp://u:p@10.0.0.7/a@b") == "rtsp://10.0.0.7/a@b"
 
 
-def test_camera_gives_its_frames_in_rgb_with_the_clocks_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A camera that is unplugged after ten frames; OpenCV plays a file, as a machine that runs tests has no camera."""
+def test_camera_gives_its_frames_with_the_times_of_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A camera unplugged after ten frames; OpenCV plays a file instead, as the machine of the tests has no camera."""
     clip, opened = make_clip(tmp_path / "clip.mp4", range(10)), []
     play = cv2.VideoCapture
 
@@ -134,16 +138,16 @@ def test_camera_colors_are_not_exchanged(monkeypatch: pytest.MonkeyPatch, tmp_pa
     camera.close()
 
 
-def test_stream_that_says_nothing_is_given_up_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "STREAM_TIMEOUT", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system takes the connection, nobody answers
+def test_silent_stream_ends_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_source, "STREAM_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts the connection, no program answers
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(InputError, match=r"cannot be read as a stream \(no data for 0.3 seconds\)"):
             open_source(address)
 
 
 def test_stream_that_falls_silent_ends_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sources, "STREAM_TIMEOUT", 3.0)  # also for opening, on a busy machine
+    monkeypatch.setattr(file_source, "STREAM_TIMEOUT", 3.0)  # also for opening, on a busy machine
     data = make_clip(tmp_path / "live.ts", range(300)).read_bytes()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"

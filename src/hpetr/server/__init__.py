@@ -1,1 +1,1 @@
-"""A small HTTP server: images in, poses in pixels out, and one page to try it. `pip install "hpetr[serve]"`."""
+"""An HTTP server: images in, poses in pixels out, and a page to try it. Needs the extra `serve`."""

@@ -1,15 +1,14 @@
-"""The HTTP application: routes, and one JSON form for everything that goes wrong."""
+"""The HTTP application: its routes, and one JSON form for every error."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
@@ -24,21 +23,20 @@ from hpetr import __version__
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.server.batching import Batcher, Job
-from hpetr.server.limits import FIELD, FORMAT_NAMES, Limits, Refusal, check_image, read_upload
+from hpetr.server.limits import FIELD, FORMAT_NAMES, PROBLEMS, STATUS, Limits, Refusal, check_image, read_upload
 from hpetr.server.metrics import Metrics
 from hpetr.server.schemas import Health, ModelInfo, Prediction, Problem, to_prediction
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-# The page is one file that asks nobody but this server.
+# The page is one file without requests to other servers.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CLIENT_CLOSED_REQUEST = 499  # nobody sees it; nginx's number
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; no client receives it
 Threshold = Annotated[
-    float | None, Query(ge=0, le=1, description="Poses with a higher score are given. Default: the model's own.")
+    float | None, Query(ge=0, le=1, description="Poses with a higher score are returned. Default: the model's own.")
 ]
 IMAGE = {"type": "string", "format": "binary"}
 BODY = {
@@ -49,86 +47,78 @@ BODY = {
         "image/*": {"schema": IMAGE},
     },
 }
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "Empty upload, or a form that cannot be read."},
-    408: {"model": Problem, "description": "The upload took too long."},
-    413: {"model": Problem, "description": "Too many bytes or pixels."},
-    415: {"model": Problem, "description": "Not an image."},
-    422: {"model": Problem, "description": "Wrong form field or parameter, or a truncated or broken image."},
-    500: {"model": Problem, "description": "The model failed."},
-    503: {"model": Problem, "description": "The queue is full; `Retry-After` says when to come again."},
-    504: {"model": Problem, "description": "The poses were not ready in time."},
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text} for status, (text, *_) in PROBLEMS.items()
 }
 
 
 class Service:
-    """A model behind a bounded line, with its limits and metrics.
+    """A model behind a bounded queue, with its limits and metrics.
 
     Args:
         predictor: the model.
-        name: of the model, as answers give it.
-        limits: what requests may cost.
-        batch_size: images that go through the network together at most; None takes the predictor's own.
+        name: of the model, in answers.
+        limits: on requests.
+        batch_size: maximum number of images in a forward pass; None takes the predictor's own.
     """
 
     def __init__(
         self, predictor: Predictor, name: str, limits: Limits | None = None, batch_size: int | None = None
     ) -> None:
         self.predictor, self.name, self.limits = predictor, name, limits or Limits()
-        self.batcher = Batcher(
-            predictor, self.limits.queue, batch_size or predictor.default_batch_size, self.limits.max_pixels
-        )
+        size = batch_size or predictor.default_batch_size
+        self.batcher = Batcher(predictor, self.limits.queue, size, self.limits.max_pixels)
         self.metrics = Metrics(lambda: self.batcher.waiting, lambda: self.batcher.admitted)
-        self.batcher.on_batch = self._count_batch
-        # Headers are read one at a time: a hostile one may take seconds, which must not stop the answers of others.
+        self.batcher.on_batch = self.metrics.count_batch
+        # Headers are read one at a time: a hostile one may take seconds, which must not stop other answers.
         self._header_reader = ThreadPoolExecutor(1, "hpetr-header")
 
     def start(self) -> None:
-        """Try the model once, so that the first request does not wait for what is built at first use; start."""
+        """Run the model once, so that the first request does not wait for its first use, and start the queue."""
         self.predictor(np.zeros((64, 64, 3), np.uint8))
         self.batcher.start()
 
     def close(self) -> None:
-        """End after the requests that wait, within the time limit."""
+        """Answer the requests that wait, within the time limit, and stop."""
         self.batcher.close(self.limits.timeout)
         self._header_reader.shutdown()
 
-    @property
-    def threshold(self) -> float:
-        """Taken when a request names none."""
-        return self.predictor.threshold
-
     async def predict(self, request: Request, threshold: float) -> PoseResult:
-        """The poses of a request's image.
+        """Return the poses in a request's image.
 
         Raises:
             Refusal: see `PROBLEMS`.
-            ClientDisconnect: the client went away; its image is out of the line.
+            ClientDisconnect: the client closed the connection; its image is out of the queue.
         """
         self.batcher.admit()
-        submitted = False
-        deadline = asyncio.get_running_loop().time() + self.limits.timeout
+        job = None
+        late = Refusal("slow_upload", f"the upload did not arrive within {self.limits.timeout:g} s")
         try:
-            data = await _until(deadline, read_upload(request, self.limits), self._late_upload())
-            loop = asyncio.get_running_loop()
-            check = loop.run_in_executor(self._header_reader, check_image, data, self.limits)
-            job = Job(data, await _until(deadline, check, self._late()), threshold)
-            self.batcher.submit(job)
-            submitted = True
+            async with asyncio.timeout(self.limits.timeout):
+                data = await read_upload(request, self.limits)
+                late = Refusal("timeout", f"the poses were not ready within {self.limits.timeout:g} s")
+                loop = asyncio.get_running_loop()
+                size = await loop.run_in_executor(self._header_reader, check_image, data, self.limits)
+                job = Job(data, size, threshold)
+                self.batcher.submit(job)
+                return await _unless_gone(request, job)
+        except TimeoutError:
+            raise late from None
         finally:
-            if not submitted:
+            if job is None:
                 self.batcher.release()
-        return await _until(deadline, _unless_gone(request, job), self._late())
+            else:  # an image in the network keeps its place
+                job.future.add_done_callback(lambda _: self.batcher.release())
 
     def info(self) -> ModelInfo:
-        """What runs here."""
+        """Return the description of the model and the limits."""
         skeleton = self.predictor.skeleton
         return ModelInfo(
             model=self.name,
             classes=self.predictor.class_names,
             keypoint_names=list(skeleton.names),
             edges=[list(edge) for edge in skeleton.edges],
-            threshold=self.threshold,
+            threshold=self.predictor.threshold,
             max_poses=self.predictor.num_poses,
             max_bytes=self.limits.max_bytes,
             max_pixels=self.limits.max_pixels,
@@ -137,29 +127,9 @@ class Service:
             version=__version__,
         )
 
-    def _count_batch(self, images: int, seconds: float) -> None:
-        self.metrics.batch_size.observe(images)
-        self.metrics.inference.observe(seconds)
-
-    def _late_upload(self) -> Refusal:
-        seconds = f"{self.limits.timeout:g} s"
-        return Refusal(HTTPStatus.REQUEST_TIMEOUT, "slow_upload", f"the upload did not arrive within {seconds}")
-
-    def _late(self) -> Refusal:
-        seconds = f"{self.limits.timeout:g} s"
-        return Refusal(HTTPStatus.GATEWAY_TIMEOUT, "timeout", f"the poses were not ready within {seconds}")
-
-
-async def _until(deadline: float, result: Awaitable[T], late: Refusal) -> T:
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await result
-    except TimeoutError:
-        raise late from None
-
 
 async def _unless_gone(request: Request, job: Job) -> PoseResult:
-    """Wait for the poses or for the client to go, whichever is first; an image that nobody waits for is dropped."""
+    """Wait for the poses, or for the client to close the connection, which takes the image out of the queue."""
     poses: asyncio.Future[PoseResult] = asyncio.wrap_future(job.future)
     gone = asyncio.ensure_future(request.receive())  # after the body there is only the end of the connection
     try:
@@ -174,8 +144,8 @@ async def _unless_gone(request: Request, job: Job) -> PoseResult:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application of one service that has been started."""
-    # The pages that FastAPI has for the description load scripts from other servers.
+    """Return the application of a started service."""
+    # FastAPI's own pages for the description load scripts from other servers.
     app = FastAPI(title="hpetr", version=__version__, docs_url=None, redoc_url=None)
     _add_error_handlers(app, service.metrics)
     _add_prediction(app, service)
@@ -206,22 +176,19 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_prediction(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/predict", response_model=Prediction, responses=PROBLEMS, openapi_extra={"requestBody": BODY})
+    @app.post("/v1/predict", response_model=Prediction, responses=RESPONSES, openapi_extra={"requestBody": BODY})
     async def predict(request: Request, threshold: Threshold = None) -> Response:
-        """The poses of one image, which comes as the form field `file` or as the whole body."""
-        wanted = service.threshold if threshold is None else threshold
+        """The poses in one image, sent as the form field `file` or as the whole body."""
+        wanted = service.predictor.threshold if threshold is None else threshold
         start = time.perf_counter()
         service.metrics.requests.inc()
         try:
             result = await service.predict(request, wanted)
-        except Refusal as refusal:
-            service.metrics.failures.labels(refusal.kind).inc()
-            raise
         except ClientDisconnect:
             service.metrics.failures.labels("disconnected").inc()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except Exception:
-            service.metrics.failures.labels("internal").inc()
+        except Exception as error:
+            service.metrics.failures.labels(error.kind if isinstance(error, Refusal) else "internal").inc()
             raise
         finally:
             service.metrics.latency.observe(time.perf_counter() - start)
@@ -230,34 +197,27 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
 
 
 def _add_error_handlers(app: FastAPI, counted: Metrics) -> None:
+    @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:
         headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        return _problem(error.status, error.kind, error.detail, headers)
+        return _problem(STATUS[error.kind], error.kind, error.detail, headers)
 
+    @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         counted.requests.inc()
         counted.failures.labels("bad_parameter").inc()
         detail = f"{first['loc'][-1]} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_parameter", detail)
+        return _problem(STATUS["bad_parameter"], "bad_parameter", detail)
 
+    @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         detail = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}"
         return _problem(error.status_code, "no_such_address", detail, error.headers)
 
+    @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed on this request; its log says why"
-        )
-
-    handlers: tuple[tuple[Any, Any], ...] = (
-        (Refusal, refused),
-        (RequestValidationError, invalid),
-        (HTTPException, http_error),
-        (Exception, failed),
-    )
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
+        return _problem(STATUS["internal"], "internal", "the server failed on this request; its log says why")
 
 
 def _problem(status: int, kind: str, detail: str, headers: Any = None) -> JSONResponse:

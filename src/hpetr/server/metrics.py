@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Metrics of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own.
+    """Metrics of one server, in a registry of its own.
 
     Args:
-        waiting: gives the images that wait for the network.
-        admitted: gives the requests that are inside: uploading, waiting or in the network.
+        waiting: returns the number of images in the queue.
+        admitted: returns the number of requests uploading, waiting or in the network.
     """
 
     def __init__(self, waiting: Callable[[], int], admitted: Callable[[], int]) -> None:
@@ -27,10 +27,17 @@ class Metrics:
             "hpetr_request_seconds", "From a request to its answer.", buckets=SECONDS, registry=self.registry
         )
         self.inference = Histogram(
-            "hpetr_batch_seconds", "Decoding and network, a batch.", buckets=SECONDS, registry=self.registry
+            "hpetr_batch_seconds", "Decoding and forward pass of a batch.", buckets=SECONDS, registry=self.registry
         )
         self.batch_size = Histogram(
-            "hpetr_batch_size", "Images that went together.", buckets=BATCH_SIZES, registry=self.registry
+            "hpetr_batch_size", "Images in a forward pass.", buckets=BATCH_SIZES, registry=self.registry
         )
-        Gauge("hpetr_queue_length", "Images that wait.", registry=self.registry).set_function(waiting)
-        Gauge("hpetr_admitted", "Requests that are inside.", registry=self.registry).set_function(admitted)
+        Gauge("hpetr_queue_length", "Images in the queue.", registry=self.registry).set_function(waiting)
+        Gauge("hpetr_admitted", "Requests in progress.", registry=self.registry).set_function(
+            admitted
+        )
+
+    def count_batch(self, images: int, seconds: float) -> None:
+        """Count one batch."""
+        self.batch_size.observe(images)
+        self.inference.observe(seconds)

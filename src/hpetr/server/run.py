@@ -1,19 +1,17 @@
-"""A service on a port, until it is told to stop."""
+"""Run a service on a port until it is stopped."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hpetr.errors import InputError
 from hpetr.server.app import Service, create_app
@@ -26,7 +24,7 @@ KEEP_ALIVE = 30
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on an address; port 0 takes a free one.
+    """Return a socket that listens on an address; port 0 takes a free one.
 
     Raises:
         InputError: the address is in use, or not of this machine.
@@ -34,67 +32,71 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        # Python adds the address to some of the system's messages, and a host name that is none has no such number.
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number).lower() if isinstance(number, int) and number in errno.errorcode else str(error)
+    except OSError as error:
+        # Python adds the address to some of the system's messages; an unknown host name has no number of the system.
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno in errno.errorcode else str(error)
         raise InputError(f"serve: cannot listen on {host} port {port} ({reason})") from error
 
 
-def connections(head_timeout: float) -> type[H11Protocol]:
-    """uvicorn's connections, which end when a request's head is not complete after so many seconds.
+class HeadTimeout:
+    """An application that also closes connections on which no complete head of a request arrives in time.
 
-    uvicorn itself waits for ever: without this `MAX_CONNECTIONS` clients that say nothing keep everybody else out.
+    uvicorn waits for a head without limit, so that `MAX_CONNECTIONS` silent clients would keep all others out.
+
+    Args:
+        app: the application, in ASGI.
+        seconds: from the connection, or from the answer before, to the complete head of a request.
+
+    Attributes:
+        connections: of the server, each with `client` (host and port) and `transport`.
     """
 
-    class Connection(H11Protocol):
-        _head_timer: asyncio.TimerHandle | None = None
+    def __init__(self, app: Callable[..., Any], seconds: float) -> None:
+        self._app, self._seconds = app, seconds
+        self._waiting_since: dict[Any, float] = {}  # by client; infinite during a request
+        self.connections: set[Any] = set()
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._watch()
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        client = scope.get("client")
+        self._waiting_since[client] = math.inf
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._waiting_since[client] = time.monotonic()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            self._stop_timer()
-
-        def _watch(self) -> None:
-            """Between requests their state is idle, and after an answer uvicorn's own, shorter timer runs."""
-            if self.conn.their_state is not h11.IDLE:
-                self._stop_timer()
-            elif self._head_timer is None:
-                self._head_timer = self.loop.call_later(head_timeout, self.transport.close)
-
-        def _stop_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-    return Connection
+    async def close_late(self) -> None:
+        """Close the connections that are late; called every second."""
+        now = time.monotonic()
+        self._waiting_since = {c.client: self._waiting_since.get(c.client, now) for c in self.connections}
+        for connection in list(self.connections):
+            if now - self._waiting_since[connection.client] >= self._seconds:
+                connection.transport.close()
 
 
 def make_server(service: Service) -> uvicorn.Server:
-    """uvicorn with the application of a service, and limits on connections."""
+    """Return uvicorn with the application of a service, and limits on connections."""
+    app = HeadTimeout(create_app(service), service.limits.timeout)
     config = uvicorn.Config(
-        create_app(service),
-        http=connections(service.limits.timeout),
+        app,
+        http="h11",
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # `HeadTimeout` finds a connection by its client
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(service.limits.timeout) + 1,
+        callback_notify=app.close_late,
+        timeout_notify=0,
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    app.connections = server.server_state.connections
+    return server
 
 
 def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish those that are inside, within the service's time limit.
+    """Answer requests until SIGTERM or SIGINT, then finish those in progress within the service's time limit.
 
     Args:
         on_ready: called when the model is loaded and tried, just before the first request is taken.
@@ -104,8 +106,7 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None
     def stop(*_: object) -> None:
         server.should_exit = True
 
-    # uvicorn stops on both signals and then raises them again for whoever was there before: that is an end as asked
-    # for, not a failure.
+    # After its own end uvicorn raises the signal again for the handler before it: here a stop is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     service.start()

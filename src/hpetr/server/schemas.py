@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from hpetr.poses.result import PoseResult
 
 PIXEL_DIGITS, SCORE_DIGITS = 3, 6
-# Lists of a fixed length: what is said of tuples (prefixItems) few readers of an OpenAPI description understand.
+# Lists of a fixed length: few readers of an OpenAPI description understand prefixItems, the form of tuples.
 Edge = Annotated[list[int], Field(min_length=2, max_length=2)]
 Box = Annotated[list[float], Field(min_length=4, max_length=4)]
 
@@ -22,7 +22,7 @@ class Size(BaseModel):
 
 
 class Keypoint(BaseModel):
-    """One joint, in pixels of the image from its top left corner."""
+    """One keypoint, in pixels of the image from its top left corner."""
 
     name: str
     x: float
@@ -51,14 +51,14 @@ class Prediction(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """What the server runs."""
+    """The model and the limits of the server."""
 
     model: str
     classes: list[str]
     keypoint_names: list[str]
     edges: list[Edge] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
-    threshold: float = Field(description="Taken when a request names none.")
-    max_poses: int = Field(description="The network gives at most so many.")
+    threshold: float = Field(description="Used when a request has none.")
+    max_poses: int = Field(description="Maximum number of poses in an image.")
     max_bytes: int = Field(description="Of an upload.")
     max_pixels: int = Field(description="Of an image.")
     timeout: float = Field(description="Seconds.")
@@ -73,37 +73,34 @@ class Health(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why there are no poses."""
+    """The reason why there are no poses."""
 
     kind: str = Field(description="One word for programs.")
     detail: str = Field(description="One sentence for people.")
 
 
 def to_prediction(result: PoseResult, model: str, class_names: list[str], threshold: float) -> Prediction:
-    """A result as the API gives it, coordinates to a thousandth of a pixel."""
+    """Return a result in the form of the API, coordinates rounded to a thousandth of a pixel."""
     names = result.skeleton.names
-
-    def pixel(value: float) -> float:
-        return round(float(value), PIXEL_DIGITS)
-
+    columns = [
+        values.astype(float).round(digits).tolist()
+        for values, digits in zip(
+            (result.scores, result.boxes, result.keypoints, result.keypoint_scores),
+            (SCORE_DIGITS, PIXEL_DIGITS, PIXEL_DIGITS, SCORE_DIGITS),
+            strict=True,
+        )
+    ]
     poses = [
         Pose(
-            score=round(float(score), SCORE_DIGITS),
+            score=score,
             label=class_names[label] if label < len(class_names) else str(label),
-            box=[pixel(side) for side in box],
+            box=box,
             keypoints=[
-                Keypoint(
-                    name=name,
-                    x=pixel(x),
-                    y=pixel(y),
-                    score=round(float(keypoint_score), SCORE_DIGITS),
-                )
+                Keypoint(name=name, x=x, y=y, score=keypoint_score)
                 for name, (x, y), keypoint_score in zip(names, keypoints, keypoint_scores, strict=True)
             ],
         )
-        for score, label, box, keypoints, keypoint_scores in zip(
-            result.scores, result.labels, result.boxes, result.keypoints, result.keypoint_scores, strict=True
-        )
+        for label, score, box, keypoints, keypoint_scores in zip(result.labels.tolist(), *columns, strict=True)
     ]
     height, width = result.image_size
     return Prediction(

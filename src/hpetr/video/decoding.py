@@ -1,4 +1,4 @@
-"""Decoding in a thread of its own, a bounded number of frames ahead."""
+"""Decode a video in a thread, a bounded number of frames ahead."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from collections.abc import Callable
 
 from hpetr.video.source import Frame, Source
 
-# How often somebody who waits for frames looks whether they are still wanted, in seconds.
-POLL = 0.1
+POLL = 0.1  # seconds between two checks whether a waiting caller still wants frames
 
 
 class FrameQueue:
-    """Frames of a source, decoded ahead in a thread.
+    """Frames of a source, decoded ahead in a thread; closes the source at the end of the `with` block.
 
-    A file waits until there is room, so every frame comes out, in order. A live source does not wait: the oldest frame
-    goes when there is no room, and is counted in `dropped`; its sound stays.
+    A file waits for room, so every frame comes out, in order. A live source does not wait: its oldest frame is dropped
+    and counted in `source.dropped`, and the sound of that frame moves to the next one.
 
     Args:
-        capacity: frames that are held at most.
+        capacity: maximum number of frames held.
     """
 
     def __init__(self, source: Source, capacity: int) -> None:
-        self.dropped = 0
         self._source = source
         self._capacity = capacity
         self._frames: deque[Frame] = deque()
@@ -33,14 +31,14 @@ class FrameQueue:
         self._thread = threading.Thread(target=self._read, name=f"decoding {source.name}", daemon=True)
         self._thread.start()
 
-    def take(self, count: int, unwanted: Callable[[], bool]) -> list[Frame]:
-        """The next `count` frames; fewer at the end, and of a live source those that are there; none after the end.
+    def take(self, count: int, unwanted: Callable[[], bool] = lambda: False) -> list[Frame]:
+        """Return the next `count` frames; fewer at the end or from a live source, none after the end.
 
         Args:
-            unwanted: asked while waiting; once it says yes there are no more frames.
+            unwanted: asked while waiting; True ends the frames.
 
         Raises:
-            Exception: what went wrong in the thread, after the frames before it.
+            Exception: the error of the thread, after the frames before it.
         """
         needed = 1 if self._source.live else count
         with self._changed:
@@ -54,8 +52,10 @@ class FrameQueue:
                 raise self._error
             return taken
 
-    def close(self) -> None:
-        """End the thread and close the source."""
+    def __enter__(self) -> FrameQueue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -73,7 +73,7 @@ class FrameQueue:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-                # Sound packets that are still to be written belong to the source: it stays open until `close`.
+                # Sound packets still to be written belong to the source: it stays open until the `with` block ends.
                 self._changed.wait_for(lambda: self._closed)
             self._source.close()
 
@@ -84,11 +84,9 @@ class FrameQueue:
                     oldest = self._frames.popleft()
                     following = self._frames[0] if self._frames else frame
                     following.sound = oldest.sound + following.sound
-                    self.dropped += 1
+                    self._source.dropped += 1
                 else:
                     self._changed.wait()
-            if self._closed:
-                return False
             self._frames.append(frame)
             self._changed.notify_all()
-            return True
+            return not self._closed

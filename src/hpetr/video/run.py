@@ -1,28 +1,31 @@
-"""Poses of videos: frames in, drawings and JSON lines out, none lost on the way."""
+"""Predict the poses of videos, and write them as drawings and JSON lines."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpetr.errors import InputError
+import numpy as np
+
+from hpetr.errors import InputError, needs_extra
 from hpetr.images.files import check_writable
-from hpetr.poses.draw import draw_poses
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.video.decoding import FrameQueue
+from hpetr.video.json_lines import JsonLines
 from hpetr.video.naming import RESULTS_NAME, output_stem
-from hpetr.video.sink import JsonLines, VideoSink, video_suffix
 from hpetr.video.source import Frame, Source, open_source
 from hpetr.video.tracking import UNTRACKED, PoseSmoother, PoseTracker
+
+if TYPE_CHECKING:
+    from hpetr.video.sink import VideoSink
 
 # While tracking, poses down to this share of the threshold may continue a track.
 DOUBTFUL_SHARE = 0.5
@@ -30,22 +33,18 @@ DOUBTFUL_SHARE = 0.5
 
 @dataclass
 class VideoReport:
-    """What became of a video.
+    """Outcome of one video.
 
     Attributes:
-        name: the file, camera or URL (without a password in it).
-        frames: frames that were predicted on; as many are in the results and in the drawing.
-        people: poses in all frames.
-        tracks: different people, None without tracking.
+        name: the file, camera or URL (without a password).
+        frames: number of frames predicted, in the results and in the drawing.
+        people: number of poses in all frames.
+        tracks: number of different people, None without tracking.
         seconds: from the first frame to the finished files.
-        drawing: the video with the poses, None where none was asked for.
+        drawing: the video with the poses, None if not written.
         sound_left_out: codecs of the sound tracks that the drawing's container does not take.
-        dropped: frames of a live source that were left out to keep up.
-        undecodable: packets that gave no frame.
-        damaged: frames of which the decoder had to guess a part.
-        expected: frames that the file announces, None where it does not.
-        fault: why reading ended early, None where it did not.
-        interrupted: Ctrl-C or SIGTERM ended it.
+        dropped, undecodable, damaged, expected, fault: see `Source`.
+        interrupted: ended by Ctrl-C or SIGTERM.
     """
 
     name: str
@@ -65,12 +64,12 @@ class VideoReport:
 
 @dataclass
 class VideoRun:
-    """What became of all videos.
+    """Outcome of all videos.
 
     Attributes:
-        results: the JSON lines.
-        videos: one report each, in order, up to the one that was interrupted.
-        unreadable: videos that gave no frame, and why.
+        results: file of the JSON lines.
+        videos: reports in order, up to the interrupted one.
+        unreadable: videos that gave no frame, and the reasons.
     """
 
     results: Path
@@ -79,20 +78,20 @@ class VideoRun:
 
     @property
     def interrupted(self) -> bool:
-        """Ctrl-C or SIGTERM ended it."""
+        """Whether Ctrl-C or SIGTERM ended it."""
         return any(video.interrupted for video in self.videos)
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How videos are predicted.
+    """Options of `predict_videos`.
 
     Attributes:
         draw: write videos with the poses.
-        batch_size: frames that go through the network together; None takes the predictor's own.
+        batch_size: maximum number of frames in a forward pass; None takes the predictor's own.
         track: give people numbers.
-        smooth: take the jitter from tracked keypoints; tracks, too.
-        live: drop frames rather than to fall behind; None: what `open_source` finds.
+        smooth: reduce the jitter of keypoints; implies `track`.
+        live: drop frames to keep up; None does so as `open_source` says.
     """
 
     draw: bool = True
@@ -103,13 +102,13 @@ class VideoOptions:
 
 
 class Progress:
-    """What `predict_videos` tells while it works; does nothing itself."""
+    """Receiver of the progress of `predict_videos`; this one ignores it."""
 
     def start(self, name: str, expected: int | None) -> None:
-        """A video begins that announces so many frames, None where it does not."""
+        """Begin a video of the expected number of frames, None if unknown."""
 
     def advance(self, frames: int) -> None:
-        """So many more frames are done."""
+        """Count finished frames."""
 
 
 def predict_videos(
@@ -120,116 +119,105 @@ def predict_videos(
     options: VideoOptions | None = None,
     progress: Progress | None = None,
 ) -> VideoRun:
-    """Predict every frame of videos, cameras and streams; a video that cannot be read does not stop the rest.
+    """Predict every frame of videos, cameras and streams; an unreadable video does not stop the others.
 
-    The results have a line for each frame: `video`, `frame` (its number, from 0), `time` (seconds from the start of the
+    The results have a line for each frame: `video`, `frame` (number from 0), `time` (seconds from the start of the
     video), `width`, `height` and `poses`, each with `category_id`, `keypoints` (x, y, score), `bbox`, `score` and, when
     tracking, `track_id` (from 1).
 
-    On Ctrl-C or SIGTERM, in the main thread, the frames so far are finished and both files get their names; a second
-    one ends at once. Nothing has its name before it is whole.
+    Ctrl-C or SIGTERM, in the main thread, finishes the frames so far and both files; a second one ends at once. Files
+    get their names when they are complete.
 
     Args:
         videos: files, cameras' numbers and URLs; see `split_inputs`.
         output: folder for the drawings.
-        results: the JSON lines; None puts `predictions.jsonl` into `output`.
+        results: file for the JSON lines; None writes `predictions.jsonl` into `output`.
 
     Raises:
         InputError: no video gives a frame, or an output cannot be written.
     """
-    options = options or VideoOptions()
+    options, progress = options or VideoOptions(), progress or Progress()
     check_video_outputs(videos, output, results, options.draw)
     run = VideoRun(output / RESULTS_NAME if results is None else results)
     lines = JsonLines(run.results)
-    taken: set[str] = set()
-    with _Interruption() as interruption, ExitStack() as on_failure:
-        on_failure.callback(lines.discard)
-        for video in videos:
-            stem = output_stem(video, taken)
-            taken.add(stem)
-            try:
-                source = open_source(video, options.live, sound=options.draw)
-            except InputError as error:
-                run.unreadable.append((video, str(error)))
-                continue
-            work = _VideoWork(predictor, source, lines, output / stem, video, options)
-            try:
-                report = work.run(interruption, progress or Progress())
-            except BaseException:
-                on_failure.pop_all()
-                lines.close() if run.videos else lines.discard()  # the videos before this one are whole
-                raise
-            if report.frames:
-                run.videos.append(report)
-            elif interruption.asked:
-                report.drawing = None
-                run.videos.append(report)
-            else:
-                reason = f"{report.name}: has no frame that can be read"
-                run.unreadable.append((video, f"{reason} ({report.fault})" if report.fault else reason))
-            if interruption.asked:
-                break
-        if not run.videos:
-            more = f" (and none of the other {len(videos) - 1} videos)" if len(videos) > 1 else ""
-            raise InputError(f"{run.unreadable[0][1]}{more}")
+    stems: list[str] = []
+    with _interruption() as interruption:
+        try:
+            for video in videos:
+                stems.append(output_stem(video, stems))
+                try:
+                    source = open_source(video, options.live, sound=options.draw)
+                except InputError as error:
+                    run.unreadable.append((video, str(error)))
+                    continue
+                work = _VideoWork(predictor, source, lines, output / stems[-1], video, options)
+                report = work.run(interruption, progress)
+                if report.frames or report.interrupted:
+                    run.videos.append(report)
+                else:
+                    fault = f" ({report.fault})" if report.fault else ""
+                    run.unreadable.append((video, f"{report.name}: has no frame that can be read{fault}"))
+                if report.interrupted:
+                    break
+            if not run.videos:
+                more = f" (and none of the other {len(videos) - 1} videos)" if len(videos) > 1 else ""
+                raise InputError(f"{run.unreadable[0][1]}{more}")
+        except BaseException:
+            lines.close() if run.videos else lines.discard()  # the videos before this one are complete
+            raise
         lines.close()
-        on_failure.pop_all()
     return run
 
 
 class _VideoWork:
-    """One video on its way: decoding, the network, and tracking with writing run side by side, each in a thread."""
+    """One video; decoding, network, and tracking with writing run side by side, each in a thread."""
 
     def __init__(
-        self,
-        predictor: Predictor,
-        source: Source,
-        lines: JsonLines,
-        target: Path,
-        video: str,
-        options: VideoOptions,
+        self, predictor: Predictor, source: Source, lines: JsonLines, target: Path, video: str, options: VideoOptions
     ) -> None:
         self._predictor, self._source, self._lines = predictor, source, lines
         self._target, self._video, self._options = target, video, options
-        self._threshold = predictor.threshold
         self._tracker: PoseTracker | None = None
         if options.track or options.smooth:
-            sigmas = predictor.skeleton.sigmas
-            self._tracker = PoseTracker(sigmas, self._threshold)
+            self._tracker = PoseTracker(predictor.skeleton.sigmas, predictor.threshold)
         self._smoother = PoseSmoother() if options.smooth else None
         self._sink: VideoSink | None = None
-        self.report = VideoReport(source.name)
+        self._report = VideoReport(source.name)
 
-    def run(self, interruption: _Interruption, progress: Progress) -> VideoReport:
-        """Do all frames, or those until the interruption, and finish the drawing."""
+    def run(self, interruption: threading.Event, progress: Progress) -> VideoReport:
+        """Predict all frames, or those until the interruption, and finish the drawing."""
         start = time.monotonic()
-        size = self._options.batch_size or self._predictor.default_batch_size
-        frames = FrameQueue(self._source, size if self._source.live else 2 * size)
-        progress.start(self._source.name, self._source.expected)
+        source, predictor = self._source, self._predictor
+        size = self._options.batch_size or predictor.default_batch_size
+        threshold = predictor.threshold * (DOUBTFUL_SHARE if self._tracker else 1)
+        progress.start(source.name, source.expected)
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="writing") as writer:
-                written: Future[None] | None = None
-                while batch := frames.take(size, interruption.is_asked):
-                    found = self._predict(batch)
+            with FrameQueue(source, size if source.live else 2 * size) as frames:
+                with ThreadPoolExecutor(1, thread_name_prefix="writing") as writer:
+                    written: Future[None] | None = None
+                    while batch := frames.take(size, interruption.is_set):
+                        found = predictor.predict([frame.image for frame in batch], threshold)
+                        if written is not None:
+                            written.result()
+                        written = writer.submit(self._write, batch, found)
+                        progress.advance(len(batch))
                     if written is not None:
                         written.result()
-                    written = writer.submit(self._write, batch, found)
-                    progress.advance(len(batch))
-                if written is not None:
-                    written.result()
-            self._finish(frames, interruption.asked)
+                if self._sink is not None:
+                    self._sink.close(() if interruption.is_set() else source.late_sound)
         except BaseException:
             if self._sink is not None:
                 self._sink.discard()
             raise
-        finally:
-            frames.close()
-        self.report.seconds = time.monotonic() - start
-        return self.report
-
-    def _predict(self, batch: list[Frame]) -> list[PoseResult]:
-        threshold = self._threshold * (DOUBTFUL_SHARE if self._tracker else 1)
-        return self._predictor.predict([frame.image for frame in batch], threshold)
+        report = self._report
+        if self._sink is not None:
+            report.drawing, report.sound_left_out = self._sink.path, self._sink.sound_left_out
+        report.tracks = None if self._tracker is None else self._tracker.count
+        for name in ("dropped", "undecodable", "damaged", "expected", "fault"):
+            setattr(report, name, getattr(source, name))
+        report.interrupted = interruption.is_set()
+        report.seconds = time.monotonic() - start
+        return report
 
     def _write(self, batch: list[Frame], found: list[PoseResult]) -> None:
         for frame, result in zip(batch, found, strict=True):
@@ -243,75 +231,58 @@ class _VideoWork:
             if self._options.draw:
                 if self._sink is None:
                     self._sink = self._open_sink(frame)
-                self._sink.write(frame, draw_poses(frame.image, result, track_ids=numbers))
+                self._sink.write(frame, result.draw(frame.image, track_ids=numbers))
             self._lines.write(self._line(frame, result, numbers))
-            self.report.frames += 1
-            self.report.people += len(result)
+            self._report.frames += 1
+            self._report.people += len(result)
 
     def _open_sink(self, first: Frame) -> VideoSink:
+        with needs_extra("video", self._source.name):
+            from hpetr.video.sink import VideoSink, video_suffix
         path = self._target.with_name(self._target.name + video_suffix(self._video, self._source))
         return VideoSink(path, self._source, first)
 
-    def _line(self, frame: Frame, result: PoseResult, numbers: Any) -> dict[str, Any]:
+    def _line(self, frame: Frame, result: PoseResult, numbers: np.ndarray | None) -> dict[str, Any]:
         height, width = result.image_size
         poses = result.to_coco(0, range(1, int(result.labels.max(initial=0)) + 2))
         for place, pose in enumerate(poses):
             del pose["image_id"]
             if numbers is not None:
                 pose["track_id"] = int(numbers[place])
-        return {
-            "video": self._source.name,
-            "frame": frame.index,
-            "time": round(float(frame.time), 6),
-            "width": width,
-            "height": height,
-            "poses": poses,
-        }
-
-    def _finish(self, frames: FrameQueue, interrupted: bool) -> None:
-        source, report = self._source, self.report
-        if self._sink is not None:
-            self._sink.close(() if interrupted else source.late_sound)
-            report.drawing, report.sound_left_out = self._sink.path, self._sink.sound_left_out
-        report.tracks = None if self._tracker is None else self._tracker.count
-        report.dropped, report.undecodable, report.damaged = frames.dropped, source.undecodable, source.damaged
-        report.expected, report.fault, report.interrupted = source.expected, source.fault, interrupted
+        time = round(float(frame.time), 6)
+        head = {"video": self._source.name, "frame": frame.index, "time": time, "width": width, "height": height}
+        return {**head, "poses": poses}
 
 
-class _Interruption:
-    """Ctrl-C and SIGTERM as a question that is asked between batches; a second one acts as usual. Only in the main
-    thread, and not where they are ignored.
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event; a second one acts as usual.
+
+    Ignored signals stay ignored, and only the main thread can receive any.
     """
+    event = threading.Event()
+    previous: dict[int, Any] = {}
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def is_asked(self) -> bool:
-        """Whether to stop."""
-        return self.asked
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
+    def restore() -> None:
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        event.set()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, interrupt)
+    try:
+        yield event
+    finally:
+        restore()
 
 
 def check_video_outputs(videos: Sequence[str], output: Path, results: Path | None, draw: bool) -> None:
-    """Prove before any work that the outputs can be written, and that no drawing lands among the videos.
+    """Check before any work that the outputs can be written and no drawing replaces a video.
 
     Raises:
         InputError: a folder cannot be used, or holds one of the videos.

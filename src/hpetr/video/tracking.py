@@ -1,13 +1,13 @@
-"""Who is who from frame to frame: `PoseTracker` gives poses numbers that stay, `PoseSmoother` takes their jitter away.
+"""Follow people from frame to frame: `PoseTracker` numbers them, `PoseSmoother` reduces the jitter of their keypoints.
 
-Tracking follows ByteTrack (Zhang et al., ECCV 2022): sure detections are matched to tracks first, doubtful ones only
-continue tracks that are left. In place of box overlap stands the similarity of poses, OKS, which still tells two people
-apart whose boxes cover each other. Smoothing is the one-euro filter (Casiez, Roussel and Vogel, CHI 2012).
+Tracking follows ByteTrack (Zhang et al., ECCV 2022): confident poses are matched to tracks first, doubtful ones only
+continue tracks that are left. The similarity of poses, OKS, replaces the overlap of boxes, because it separates two
+people whose boxes cover each other. Smoothing is the one-euro filter (Casiez, Roussel and Vogel, CHI 2012).
 
-The package `trackers` would do the tracking as well, but not beside hpetr: its 2.6.1 requires `opencv-python`, which
-writes its files over those of `opencv-python-headless`. Measured: after `pip install trackers`, `import cv2` gives
-OpenCV 5.0.0 with Qt, which fails where there is no libGL, as in most containers, while pip goes on reporting the
-headless 4.14. Its ByteTrack also gives a person no number in their first frame, and does not look at classes.
+The package `trackers` offers ByteTrack too, but its 2.6.1 requires `opencv-python`, which overwrites the files of
+`opencv-python-headless`. Measured: after `pip install trackers`, `import cv2` gives OpenCV 5.0.0 with Qt, which fails
+without libGL, as in most containers, while pip still reports the headless 4.14. Its ByteTrack also numbers a person
+only from the second frame on, and ignores classes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
+from hpetr.errors import needs_extra
 from hpetr.poses.result import PoseResult
 
 UNTRACKED = 0
 # Area of a person over the area of the box around the keypoints, as for annotations without an area.
 AREA_OF_BOX = 0.53
-# People move more from frame to frame than annotators differ: sigmas count this many times.
+# Factor on the sigmas of OKS: people move more from frame to frame than annotators differ.
 SIGMA_FACTOR = 2.0
 MIN_SIMILARITY = 0.15
 # Share of the newest measurement in a track's velocity.
@@ -35,24 +35,27 @@ class _Track:
     label: int
     keypoints: np.ndarray  # (K, 2) pixels
     area: float  # pixels^2
-    time: float  # seconds, when it was last seen
+    time: float  # seconds, of the last match
     velocity: np.ndarray  # (2,) pixels per second
 
-    def at(self, time: float) -> np.ndarray:
-        """Where its keypoints (K, 2) are expected, if it goes on as it went."""
+    def expected_at(self, time: float) -> np.ndarray:
+        """Return the keypoints (K, 2) at a time, moved by the constant velocity."""
         return self.keypoints + self.velocity * (time - self.time)
 
 
 class PoseTracker:
-    """Gives every person in a video a number.
+    """Give every person in a video a number.
 
     Args:
         sigmas: K standard deviations of OKS, those of the skeleton.
-        start_score: only a pose with a higher score begins a track; one with a lower score can continue one.
-        patience: seconds after which somebody who comes back is somebody new.
+        start_score: only a pose with a higher score starts a track; one with a lower score can continue one.
+        patience: seconds without a match after which a track ends, and a returning person gets a new number.
     """
 
     def __init__(self, sigmas: np.ndarray | tuple[float, ...], start_score: float, patience: float = 1.0) -> None:
+        with needs_extra("video", "tracking"):
+            from scipy.optimize import linear_sum_assignment
+        self._assign = linear_sum_assignment
         self._variances = (2 * SIGMA_FACTOR * np.asarray(sigmas, np.float64)) ** 2  # (K,)
         self._start_score = start_score
         self._patience = patience
@@ -67,37 +70,31 @@ class PoseTracker:
             time: seconds, of any origin, later than in the call before.
 
         Returns:
-            (n,) int64 track numbers from 1; `UNTRACKED` for a doubtful pose that continues none.
+            (n,) int64 track numbers from 1; `UNTRACKED` for a doubtful pose that continues no track.
         """
         self._tracks = [track for track in self._tracks if time - track.time <= self._patience]
         numbers = np.full(len(result), UNTRACKED, np.int64)
         sure = result.scores > self._start_score  # (n,)
         free = list(self._tracks)
         for stage in (sure, ~sure):
-            poses = np.flatnonzero(stage)
-            pairs = self._match(free, result, poses, time)
-            for track, matching in pairs:
-                self._follow(track, result, matching, time)
-                numbers[matching] = track.number
-            matched = {track.number for track, _ in pairs}
-            free = [track for track in free if track.number not in matched]
+            for track, pose in self._match(free, result, np.flatnonzero(stage), time):
+                self._continue(track, result, pose, time)
+                numbers[pose] = track.number
+            free = [track for track in free if track.number not in numbers]
         for pose in np.flatnonzero(sure & (numbers == UNTRACKED)).tolist():
             self.count += 1
             numbers[pose] = self.count
-            keypoints = result.keypoints[pose].astype(np.float64)
-            track = _Track(
-                self.count, int(result.labels[pose]), keypoints, _area(result.boxes[pose]), time, np.zeros(2)
-            )
-            self._tracks.append(track)
+            keypoints, area = result.keypoints[pose].astype(np.float64), _area(result.boxes[pose])
+            self._tracks.append(_Track(self.count, int(result.labels[pose]), keypoints, area, time, np.zeros(2)))
         return numbers
 
     def _match(
         self, tracks: list[_Track], result: PoseResult, poses: np.ndarray, time: float
     ) -> list[tuple[_Track, int]]:
-        """The pairs of tracks and poses that are most similar together, none below `MIN_SIMILARITY`."""
+        """Return the pairs of tracks and poses with the largest sum of similarities, each at least `MIN_SIMILARITY`."""
         if not tracks or not len(poses):
             return []
-        expected = np.stack([track.at(time) for track in tracks])  # (T, K, 2)
+        expected = np.stack([track.expected_at(time) for track in tracks])  # (T, K, 2)
         areas = np.array([track.area for track in tracks])  # (T,)
         squares = ((expected[:, None] - result.keypoints[poses]) ** 2).sum(-1)  # (T, n, K)
         closeness = np.exp(-squares / (2 * areas[:, None, None] * self._variances))  # (T, n, K)
@@ -106,7 +103,7 @@ class PoseTracker:
         labels = np.array([track.label for track in tracks])  # (T,)
         similarity[labels[:, None] != result.labels[poses]] = 0
         similarity[similarity < MIN_SIMILARITY] = 0  # a pair that does not count must not displace one that does
-        rows, columns = linear_sum_assignment(similarity, maximize=True)
+        rows, columns = self._assign(similarity, maximize=True)
         return [
             (tracks[row], int(poses[column]))
             for row, column in zip(rows, columns, strict=True)
@@ -114,11 +111,11 @@ class PoseTracker:
         ]
 
     @staticmethod
-    def _follow(track: _Track, result: PoseResult, pose: int, time: float) -> None:
+    def _continue(track: _Track, result: PoseResult, pose: int, time: float) -> None:
         keypoints = result.keypoints[pose].astype(np.float64)
         elapsed = time - track.time
         if elapsed > 0:
-            # The median: one keypoint that jumps does not carry the person away.
+            # The median: one keypoint that jumps does not move the whole person.
             measured = np.median(keypoints - track.keypoints, axis=0) / elapsed
             track.velocity += VELOCITY_SHARE * (measured - track.velocity)
         track.keypoints, track.area, track.time = keypoints, _area(result.boxes[pose]), time
@@ -130,10 +127,10 @@ def _area(box: np.ndarray) -> float:
 
 
 class OneEuroFilter:
-    """Low-pass filter whose cutoff grows with speed: still things rest, moving things do not lag.
+    """Low-pass filter whose cutoff frequency grows with speed: slow motion is calm, fast motion does not lag.
 
     Args:
-        min_cutoff: Hz, for a thing at rest; lower is calmer.
+        min_cutoff: Hz, at rest; lower is calmer.
         beta: Hz for each unit per second of speed; higher lags less.
         speed_cutoff: Hz, for the speed itself.
     """
@@ -145,7 +142,7 @@ class OneEuroFilter:
         self._speed: np.ndarray | None = None
 
     def __call__(self, value: np.ndarray, time: float) -> np.ndarray:
-        """The filtered value, of any shape, the same in every call; time in seconds, later than in the call before."""
+        """Filter the next value, of any shape, the same in every call; time in seconds, later than before."""
         if self._value is None or self._speed is None:
             self._value, self._speed = value, np.zeros_like(value)
         elif (elapsed := time - self._time) > 0:
@@ -158,17 +155,17 @@ class OneEuroFilter:
 
 
 def _share(cutoff: np.ndarray | float, elapsed: float) -> np.ndarray | float:
-    """How much of a new value a first-order low-pass filter takes."""
+    """Return the share of a new value that a first-order low-pass filter takes."""
     turn = 2 * np.pi * cutoff * elapsed
     return turn / (turn + 1)
 
 
 class PoseSmoother:
-    """One-euro filters for the keypoints of every track, in units of the person's size: near and far behave alike.
+    """Smooth the keypoints of every track by one-euro filters, in units of the person's size.
 
     Args:
         min_cutoff, beta: see `OneEuroFilter`; a unit is the square root of the area of the person's box.
-        patience: seconds after which the filter of somebody unseen is forgotten.
+        patience: seconds without a pose after which the filter of a track is forgotten.
     """
 
     def __init__(self, min_cutoff: float = 1.0, beta: float = 10.0, patience: float = 1.0) -> None:
@@ -176,11 +173,11 @@ class PoseSmoother:
         self._filters: dict[int, tuple[OneEuroFilter, float, float]] = {}  # filter, unit in pixels, last time
 
     def update(self, result: PoseResult, numbers: np.ndarray, time: float) -> PoseResult:
-        """The poses with smoothed keypoints, and boxes around these.
+        """Return the poses with smoothed keypoints, and boxes around these.
 
         Args:
             result: n poses.
-            numbers: (n,) from `PoseTracker.update`; an `UNTRACKED` pose stays as it is.
+            numbers: (n,) from `PoseTracker.update`; an `UNTRACKED` pose is returned unchanged.
             time: seconds, later than in the call before.
         """
         self._filters = {n: entry for n, entry in self._filters.items() if time - entry[2] <= self._patience}
@@ -188,10 +185,8 @@ class PoseSmoother:
         for pose, number in enumerate(numbers.tolist()):
             if number == UNTRACKED:
                 continue
-            if number not in self._filters:
-                unit = _area(result.boxes[pose]) ** 0.5
-                self._filters[number] = (OneEuroFilter(self._min_cutoff, self._beta), unit, time)
-            smoother, unit, _ = self._filters[number]
+            new = (OneEuroFilter(self._min_cutoff, self._beta), _area(result.boxes[pose]) ** 0.5, time)
+            smoother, unit, _ = self._filters.get(number, new)
             keypoints[pose] = smoother(result.keypoints[pose] / unit, time) * unit
             boxes[pose] = np.concatenate([keypoints[pose].min(0), keypoints[pose].max(0)])
             self._filters[number] = (smoother, unit, time)
