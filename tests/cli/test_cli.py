@@ -68,7 +68,7 @@ def test_help_and_version_do_not_import_torch() -> None:
 
 
 def test_installed_command_predicts_a_folder(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(images), "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "hpetr", "predict", str(images), "--checkpoint", str(checkpoint)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_interrupt_ends_with_130(checkpoint: Path, tmp_path: Path) -> None:
     first = Path(shutil.copy(EXAMPLES / IMAGES[0], images))
     for number in range(2000):
         (images / f"{number}.jpg").hardlink_to(first)
-    command = [sys.executable, "-m", "hpetr.cli.main", "predict", str(images), "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "hpetr", "predict", str(images), "--checkpoint", str(checkpoint)]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -262,11 +262,22 @@ def test_convert_of_a_model_that_is_not_official(tmp_path: Path, checkpoint: Pat
     assert not (tmp_path / "official.pth").exists()
 
 
-def test_convert_wants_one_direction(tmp_path: Path) -> None:
-    expected = "expected --preset and --output, or --to-official, or --half and --output"
-    assert_bad_input(hpetr("convert", "x.pth"), expected)
-    assert_bad_input(hpetr("convert", "x.pth", "--preset", "petr-r50"), expected)
-    assert_bad_input(hpetr("convert", "x", "--preset", "petr-r50", "--output", "y", "--to-official", "z"), expected)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--preset", "petr-r50"],
+        ["--preset", "petr-r50", "--output", "y", "--to-official", "z"],
+        ["--preset", "petr-r50", "--output", "y", "--half"],
+        ["--to-official", "z", "--half"],
+    ],
+)
+def test_convert_wants_one_direction(options: list[str]) -> None:
+    expected = "convert: expected --output (with --preset or --half, or neither), or --to-official"
+    assert_bad_input(hpetr("convert", "x.pth", *options), expected)
+
+
+def test_convert_of_a_missing_file(tmp_path: Path) -> None:
     missing = hpetr("convert", tmp_path / "x.pth", "--preset", "petr-r50", "--output", tmp_path / "y")
     assert_bad_input(missing, "x.pth: no such file")
 

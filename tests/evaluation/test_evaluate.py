@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from hpetr.checkpoints.folder import load_checkpoint
 from hpetr.cli.main import app
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import open_dataset
 from hpetr.errors import InputError
 from hpetr.evaluation.evaluate import METRICS, coco_metrics, crowd_levels, crowdpose_metrics, evaluate
 from hpetr.poses.skeleton import COCO, CROWDPOSE
@@ -186,7 +186,7 @@ def test_results_that_do_not_fit_are_refused() -> None:
 
 def test_model_on_real_images_writes_every_pose(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
-    dataset = CocoPoseDataset(TINY / "annotations.json")
+    dataset = open_dataset(TINY / "annotations.json")
     steps: list[int] = []
     model.train()
     result = evaluate(model, processor, dataset, batch_size=3, progress=steps.append)
@@ -207,7 +207,7 @@ def test_model_on_real_images_writes_every_pose(checkpoint: Path, tmp_path: Path
 def test_perfect_network_gets_perfect_figures(checkpoint: Path) -> None:
     """The whole way from normalized output to AP: a network that answers with the annotations reaches 1."""
     model, processor = load_checkpoint(checkpoint, "cpu")
-    dataset = CocoPoseDataset(TINY / "annotations.json")
+    dataset = open_dataset(TINY / "annotations.json")
 
     class Oracle(torch.nn.Module):
         config = model.config
@@ -227,7 +227,7 @@ def test_perfect_network_gets_perfect_figures(checkpoint: Path) -> None:
 
 def test_limit_evaluates_the_first_images(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
-    result = evaluate(model, processor, CocoPoseDataset(TINY / "annotations.json", limit=2))
+    result = evaluate(model, processor, open_dataset(TINY / "annotations.json", limit=2))
     assert {pose["image_id"] for pose in result.results} == {790, 129648}
     assert result.images == 2
 
@@ -238,7 +238,7 @@ def test_unreadable_image_stops_the_evaluation(checkpoint: Path, tmp_path: Path)
     broken.write_bytes(broken.read_bytes()[:3000])
     model, processor = load_checkpoint(checkpoint, "cpu")
     with pytest.raises(InputError, match="433998"):
-        evaluate(model, processor, CocoPoseDataset(tmp_path / "data" / "annotations.json"))
+        evaluate(model, processor, open_dataset(tmp_path / "data" / "annotations.json"))
 
 
 def test_other_number_of_keypoints_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_other_number_of_keypoints_is_refused(checkpoint: Path, tmp_path: Path) 
     (tmp_path / "three.json").write_text(json.dumps(truth))
     model, processor = load_checkpoint(checkpoint, "cpu")
     with pytest.raises(InputError, match="poses of 3 keypoints, expected the model's 17"):
-        evaluate(model, processor, CocoPoseDataset(tmp_path / "three.json", TINY / "images"))
+        evaluate(model, processor, open_dataset(tmp_path / "three.json", TINY / "images"))
 
 
 def test_keypoints_in_another_order_are_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_keypoints_in_another_order_are_refused(checkpoint: Path, tmp_path: Path
     names[1], names[2] = names[2], names[1]
     (tmp_path / "swapped.json").write_text(json.dumps(truth))
     model, processor = load_checkpoint(checkpoint, "cpu")
-    swapped = CocoPoseDataset(tmp_path / "swapped.json", TINY / "images")
+    swapped = open_dataset(tmp_path / "swapped.json", TINY / "images")
     with pytest.raises(InputError, match=r"swapped.json: .* the model's \(keypoint 1 is 'right_eye' and 'left_eye'\)"):
         evaluate(model, processor, swapped)
 
@@ -327,7 +327,7 @@ def test_protocol_follows_the_crowd_index(checkpoint: Path, tmp_path: Path) -> N
     path = tmp_path / "crowded.json"
     path.write_text(json.dumps(truth))
     model, processor = load_checkpoint(checkpoint, "cpu")
-    result = evaluate(model, processor, CocoPoseDataset(path, TINY / "images"))
+    result = evaluate(model, processor, open_dataset(path, TINY / "images"))
     assert list(result.metrics)[-3:] == ["AP(easy)", "AP(medium)", "AP(hard)"]
     assert result.metrics["AP(hard)"] == -1
     written = json.loads(result.write(tmp_path / "eval.json").read_text())
@@ -335,7 +335,7 @@ def test_protocol_follows_the_crowd_index(checkpoint: Path, tmp_path: Path) -> N
     del truth["images"][2]["crowdIndex"]
     path.write_text(json.dumps(truth))
     with pytest.raises(InputError, match="'crowdIndex' is None"):
-        evaluate(model, processor, CocoPoseDataset(path, TINY / "images"))
+        evaluate(model, processor, open_dataset(path, TINY / "images"))
 
 
 def test_eval_takes_yolo_data(checkpoint: Path, tmp_path: Path) -> None:
@@ -370,10 +370,10 @@ import json, sys
 from pathlib import Path
 from hpetr.cli.main import app
 from hpetr.checkpoints.folder import load_checkpoint
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import open_dataset
 from hpetr.evaluation.evaluate import evaluate
-from hpetr import InputError, processes
-from paths import TINY
+from hpetr import InputError
+from hpetr.inference import processes
 
 checkpoint, data, folder, commands = sys.argv[1:]
 codes = []
@@ -384,9 +384,9 @@ for command in json.loads(commands):
         codes.append(end.code)
 steps = []
 model, processor = load_checkpoint(checkpoint, "cpu")
-result = evaluate(model, processor, CocoPoseDataset(data), 3, steps.append)
+result = evaluate(model, processor, open_dataset(data), 3, steps.append)
 try:
-    evaluate(model, processor, CocoPoseDataset(data, limit=2 + processes.rank()))
+    evaluate(model, processor, open_dataset(data, limit=2 + processes.rank()))
 except InputError as error:
     codes.append(str(error))
 about = {"codes": codes, "metrics": result.metrics, "poses": len(result.results), "steps": steps}

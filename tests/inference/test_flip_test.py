@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpetr.checkpoints.folder import load_checkpoint
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import open_dataset
 from hpetr.evaluation.evaluate import evaluate
 from hpetr.images.read import load_image
 from hpetr.inference.flip_test import merge_poses, mirror_poses, predict_batch_flipped, soft_nms
@@ -135,7 +135,7 @@ def test_mirrored_image_gives_the_mirrored_poses(checkpoint: Path) -> None:
 def test_evaluation_with_a_perfect_network(checkpoint: Path) -> None:
     """A network that answers with the people of the image, and of its mirror image when it sees that one."""
     model, processor = load_checkpoint(checkpoint, "cpu")
-    dataset = CocoPoseDataset(TINY / "annotations.json")
+    dataset = open_dataset(TINY / "annotations.json")
 
     class Oracle(torch.nn.Module):
         config = model.config

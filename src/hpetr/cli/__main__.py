@@ -1,4 +1,4 @@
-"""`python -m hpetr.cli`, as torchrun starts it."""
+"""Run the command line as `python -m hpetr.cli`."""
 
 from hpetr.cli.main import main
 

@@ -7,33 +7,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpetr.cli.output import parse_size, progress
+from hpetr.cli.options import DEFAULT_MODEL, Device, Precision, Size, parse_size
+from hpetr.cli.output import progress
 
 if TYPE_CHECKING:
     from hpetr.evaluation.benchmark import Benchmark, Spread
 
-TABLE_WIDTH = 128  # a narrower terminal wraps the lines, which is better than figures cut off
+TABLE_WIDTH = 128  # a narrower terminal wraps the lines, which is better than numbers cut off
 
 
 def benchmark_command(
     target: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or preset. Default: the model that comes with hpetr.")
+        str | None, typer.Argument(help=f"Checkpoint folder, hf://OWNER/NAME or preset. {DEFAULT_MODEL}")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Input of the network as HEIGHTxWIDTH, e.g. 800x1216. Default: the processor's.")
-    ] = None,
+    size: Size = None,
     batch: Annotated[int, typer.Option(help="Images that go through the network together.")] = 1,
-    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     repeats: Annotated[int, typer.Option(help="Measured runs.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to run on. Default: a made one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there too.")] = None,
-    precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all numbers as JSON.")] = None,
+    precision: Precision = "float32",
 ) -> None:
-    """Measure the time of every stage, and compare it with what this machine can do."""
+    """Measure the time of every stage, and compare it with the rates of this machine."""
     from hpetr.images.files import check_writable, write_json
 
-    pixels = None if size is None else parse_size(size)
+    pixels = parse_size(size)
     if json_file is not None:
         check_writable(json_file.parent)
     from hpetr.checkpoints.folder import BUNDLED
@@ -48,11 +47,11 @@ def benchmark_command(
     print_benchmark(result)
     if json_file is not None:
         write_json(json_file, result.to_dict())
-        typer.echo(f"figures: {json_file}")
+        typer.echo(f"numbers: {json_file}")
 
 
 def print_benchmark(result: Benchmark) -> None:
-    """Print a table of the stages, and below it what the shares refer to."""
+    """Print a table of the stages, and below it the rates that the shares refer to."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -96,13 +95,12 @@ def print_benchmark(result: Benchmark) -> None:
 
 
 def _times(spread: Spread) -> tuple[str, str]:
-    return _number(
-        spread.median * 1e3
-    ), f"{_number(spread.lower_quartile * 1e3)} to {_number(spread.upper_quartile * 1e3)}"
+    median, lower, upper = (_number(1e3 * x) for x in (spread.median, spread.lower_quartile, spread.upper_quartile))
+    return median, f"{lower} to {upper}"
 
 
 def _number(value: float) -> str:
-    """Three digits at least, and none that say nothing; "-" for nothing."""
+    """Return a number with three digits or more, "-" for 0."""
     if value == 0:
         return "-"
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3

@@ -31,11 +31,11 @@ def check(
     Exit code 2 when training would refuse the data set; warnings and notes do not matter to it.
     """
     from hpetr.data.check import check_dataset
-    from hpetr.data.dataset import is_yolo, source_file
-    from hpetr.data.yolo import read_yolo_config
+    from hpetr.data.readers import reader_of, source_file
 
     file = source_file(source)
-    splits = list(read_yolo_config(file, images).splits) if is_yolo(file) and split is None else [split]
+    list_splits = reader_of(file).splits
+    splits = list_splits(file, images) if list_splits and split is None else [split]
     accepted = True
     for number, name in enumerate(splits):
         report = check_dataset(file, images, name, decode, examples, lambda total: progress("Checking", total))

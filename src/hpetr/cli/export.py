@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
+from hpetr.cli.options import CheckpointArgument
+
 
 def export_command(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder. Default: the model that comes with hpetr.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            help="onnx, for ONNX Runtime and what else reads ONNX; openvino; or torch-export, a program of plain torch "
+            help="onnx, for readers of ONNX such as ONNX Runtime; openvino; or torch-export, a program of plain torch "
             "operators.",
         ),
     ] = "onnx",
@@ -32,14 +32,12 @@ def export_command(
 
     path = output or Path("model").with_suffix(FORMATS[form][0] if form in FORMATS else "")
     check_export(path, form, half=half)
-    from hpetr.checkpoints.folder import BUNDLED, load_checkpoint, resolve_checkpoint
-    from hpetr.checkpoints.hub import is_hub_place
+    from hpetr.checkpoints.folder import load_checkpoint
+    from hpetr.inference.open import find_model
 
-    name = checkpoint or BUNDLED
-    if not is_hub_place(name):
-        name = resolve_checkpoint(checkpoint).resolve().name
-    model, processor = load_checkpoint(checkpoint, "cpu")
+    found = find_model(checkpoint)
+    model, processor = load_checkpoint(found.path, "cpu")
     typer.echo("translating the network, which takes a minute or two")
-    export_model(model, processor, path, form, name, half=half)
+    export_model(model, processor, path, form, found.title, half=half)
     files = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
     typer.echo(f"model: {path}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")

@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import ipaddress
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hpetr.errors import InputError
-
-INSTALL = 'pip install "hpetr[serve]"'
+from hpetr.cli.options import BatchSize, Checkpoint, Device
+from hpetr.errors import needs_extra
 
 
 def serve_command(
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint folder or exported model. Default: the model that comes with hpetr."),
-    ] = None,
+    checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     max_megabytes: Annotated[float, typer.Option(help="Largest upload.")] = 20,
     max_pixels: Annotated[float, typer.Option(help="Largest image, e.g. 50e6.")] = 50e6,
     queue: Annotated[int, typer.Option(min=1, help="Requests inside at once; more are sent away with 503.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer, or to 504.")] = 30,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images that go through the network together. Default: 8 on a GPU, else 1."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
 ) -> None:
     """Serve a page to try the model on images and the camera, and an HTTP API. Stop it with Ctrl+C."""
-    try:
+    with needs_extra("serve", "serve"):
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"serve: the package {error.name} is missing, expected after {INSTALL}") from error
-    from hpetr.checkpoints.folder import BUNDLED, resolve_checkpoint
-    from hpetr.checkpoints.hub import is_hub_place
-    from hpetr.inference.open import open_predictor
-    from hpetr.runtime import is_exported
+    from hpetr.inference.open import find_model, open_predictor
     from hpetr.server.app import Service
     from hpetr.server.limits import Limits
     from hpetr.server.run import listen, serve
 
     limits = Limits(int(max_megabytes * 1e6), int(max_pixels), queue, timeout)
-    name = checkpoint or BUNDLED
-    if is_exported(name):
-        name = Path(name).name
-    elif not is_hub_place(name):
-        name = resolve_checkpoint(checkpoint).resolve().name
+    name = find_model(checkpoint, ("checkpoint", "exported")).title
     # The port first: loading the model takes seconds.
     with listen(host, port) as listener:
         service = Service(open_predictor(checkpoint, device), name, limits, batch_size)
@@ -61,7 +44,7 @@ def serve_command(
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"{name} on http://{shown}:{bound} (description of the API: /openapi.json)")
             if not _is_loopback(host):
-                typer.echo("warning: other machines can send images here, nobody is asked for a password", err=True)
+                typer.echo("warning: other machines can send images here without a password", err=True)
 
         serve(service, listener, ready)
     typer.echo("stopped")

@@ -1,8 +1,8 @@
-"""Where the time of an image goes: every stage measured inside the library's own path, beside what the machine can do.
+"""Time of an image by stage, beside the rates of the machine.
 
-The path is `load_image` and `predict_batch`, unchanged. Hooks on the model's modules and on the processor's two methods
-mark when a stage begins; what lies between two marks belongs to the stage of the first. The same marks split three
-things: seconds, floating-point operations, and bytes that operators read and write.
+The measured path is `load_image` and `predict_batch`, unchanged. Its stages (`hpetr.model.stages`) appear as ranges in
+torch's profiler, which gives their seconds, and as operators to dispatch modes, which count floating-point operations
+and bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,42 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpetr.checkpoints.folder import BUNDLED, bundled_checkpoint, load_checkpoint, resolve_device
+from hpetr.checkpoints.folder import BUNDLED, load_checkpoint, resolve_device
 from hpetr.errors import InputError
 from hpetr.evaluation.info import USUAL_IMAGE, environment_info
 from hpetr.images.read import load_image
-from hpetr.inference.precision import set_up_inference
+from hpetr.inference.open import find_model
+from hpetr.inference.precision import check_precision
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.attention import DeformableAttention
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.model.ops import kernel_name
-from hpetr.model.presets import PRESETS
+from hpetr.model.stages import DECODE, NETWORK_STAGES, POST_PROCESSING, PREFIX, RESIZE, stage
 
-DECODE, RESIZE, BACKBONE, ENCODER = "decode", "resize and normalize", "backbone and neck", "encoder"
-PROPOSALS, POSE_DECODER, JOINT_DECODER = "proposals", "pose decoder", "joint decoder"
-POST_PROCESSING = "post-processing"
-NETWORK_STAGES = (BACKBONE, ENCODER, PROPOSALS, POSE_DECODER, JOINT_DECODER)
 STAGES = (DECODE, RESIZE, *NETWORK_STAGES, POST_PROCESSING)
-OTHER = "other"  # what no stage covers: copies to the device, the grid, the choice of the best poses
-END = ""
+WHOLE = "whole"
+OTHER = "other"  # outside of all stages: copies to the device, the grid, the choice of the best poses
 WARM_UP = 2
-# A bilinear sample reads four pixels, each a multiply-add.
-SAMPLE_FLOPS = 8
-# Large enough that neither the start of a kernel nor a cache decides, small enough for a laptop.
+SAMPLE_FLOPS = 8  # a bilinear sample reads four pixels, each a multiply-add
+# Large enough to hide the start of a kernel and the caches, small enough for a laptop.
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 MACHINE_REPEATS = 5
+ENTER_RANGE = torch.ops.profiler._record_function_enter_new.default
+EXIT_RANGE = torch.ops.profiler._record_function_exit._RecordFunction
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of the repeats, seconds."""
+    """Median and quartiles of the repeats, in seconds."""
 
     median: float
     lower_quartile: float
@@ -65,15 +64,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's figures for one batch.
+    """Cost of a stage for one batch.
 
     Attributes:
         name: one of `STAGES`, or `OTHER`.
         seconds: of the repeats.
         flops: of matrix products, convolutions and self-attention; a multiply-add is 2. Equal to `hpetr info`'s.
         sampling_flops: of deformable sampling: 8 for a point and channel (four pixels, a multiply-add each).
-        bytes: that torch operators read and write. What a cache saves is not taken off, so that a stage can pass the
-            copy rate.
+        bytes: read and written by torch operators, cached or not: a stage can exceed the copy rate.
         matrix_share: all FLOPs over the time, as a share of the machine's matrix rate; None without FLOPs.
         copy_share: bytes over the time, as a share of the machine's copy rate; None without bytes.
     """
@@ -89,16 +87,28 @@ class Stage:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of one model on one machine; sizes are height and width in pixels.
+    """Benchmark of one model on one machine; sizes are height and width in pixels.
 
     Attributes:
-        model: preset or folder. weights: "random" for a preset, else "checkpoint". kernel: of deformable sampling.
-        image: size of the encoded image. input: size of the network's input, padding included.
+        model: the name given.
+        weights: "random" for a preset, else "checkpoint".
+        environment: see `environment_info`.
+        device: of the network.
+        kernel: of deformable sampling.
+        precision: of the network.
+        threads: of the CPU.
+        batch: images in a batch.
+        repeats: measured runs.
+        image: size of the encoded image.
+        input: size of the network's input, padding included.
         whole: seconds of a batch, from encoded images to results.
-        peak_bytes: of memory: of the GPU's tensors, or of the whole process on the CPU; None where the system does not
-            tell. loaded_bytes: the same before the first image.
-        matrix_rate: FLOPs per second of a float32 matrix product. copy_rate: bytes per second, read and written, of a
-            copy. Both measured on this device right after the repeats.
+        images_per_second: at the median of `whole`.
+        stages: `STAGES` and `OTHER`.
+        peak_bytes: peak memory, of the GPU's tensors or of the whole process on the CPU; None if the system does not
+            report it.
+        loaded_bytes: the same before the first image.
+        matrix_rate: FLOPs per second of a float32 matrix product on this device, right after the repeats.
+        copy_rate: bytes per second, read and written, of a copy, likewise.
     """
 
     model: str
@@ -121,7 +131,7 @@ class Benchmark:
     copy_rate: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -140,16 +150,16 @@ def benchmark(
     """Measure a model, stage by stage.
 
     Args:
-        target: checkpoint folder, or preset (random weights; the bundled checkpoint's name means that checkpoint).
-        size: height and width of the network's input before padding; None takes what the processor makes of the
-            image. A given `image` is scaled to fit into it.
+        target: checkpoint, or preset for random weights; see `hpetr.inference.open.find_model`.
+        size: height and width of the network's input before padding; None means the processor's choice. The image is
+            scaled to fit into it.
         batch: images that go through the network together.
         device: "auto", "cpu", "cuda", ...
-        repeats: measured runs, after three that are not.
-        threads: of the CPU; None leaves them as they are.
+        repeats: measured runs, after `WARM_UP` others and one that counts bytes.
+        threads: of the CPU; None leaves them unchanged.
         image: encoded image; None makes one of 640 x 480, or with `size` one of twice that size.
-        progress: called with 1 after every run, of which there are `runs(repeats)`.
-        precision: of the network, see `set_up_inference`.
+        progress: called with 1 after every run, `runs(repeats)` times.
+        precision: see `hpetr.inference.precision.autocast`.
 
     Raises:
         InputError: neither preset nor checkpoint, a number below 1, no such device, no image, or too little memory
@@ -160,15 +170,15 @@ def benchmark(
             raise InputError(f"{name} is {value}, expected at least 1")
     if size is not None and min(size) < 1:
         raise InputError(f"size is {size[0]}x{size[1]}, expected a positive height and width")
+    check_precision(precision)
     chosen = resolve_device(device)
     encoded = _encoded_image(image, size)
     model, processor, weights = _load(target, chosen)
-    set_up_inference(model, precision)
     if size is not None:
         processor.size = {"shortest_edge": min(size), "longest_edge": max(size)}
     with _threads(threads):
         try:
-            measured = _measure(model, processor, encoded, batch, repeats, progress or (lambda done: None))
+            measured = _measure(model, processor, encoded, batch, repeats, precision, progress or (lambda done: None))
         except torch.OutOfMemoryError:
             raise InputError(f"{target}: {batch} images at once do not fit into the memory of {chosen}") from None
         flops = count_flops(model.config, batch, *measured.input)
@@ -198,12 +208,12 @@ def benchmark(
 
 
 def runs(repeats: int) -> int:
-    """How often `benchmark` runs the model for so many repeats."""
+    """Return how often `benchmark` runs the model for a number of repeats."""
     return 1 + WARM_UP + repeats
 
 
 def count_flops(config: HPetrConfig, batch: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """FLOPs (2,) of every network stage: those of `Stage.flops`, and those of sampling. Nothing is computed."""
+    """Return the FLOPs (2,) of every stage, of `Stage.flops` and of sampling, without computing anything."""
     with torch.device("meta"):
         model = HPetrForPoseEstimation(config).eval()
         pixels = torch.empty(batch, 3, height, width)
@@ -220,51 +230,47 @@ def count_flops(config: HPetrConfig, batch: int, height: int, width: int) -> dic
         if isinstance(module, DeformableAttention):
             module.register_forward_pre_hook(count_samples)
     # With gradients on: without them self-attention takes a fused path that the counter does not see.
-    with FlopCounterMode(display=False) as counter:
-        marks = Marks(lambda: np.array([counter.get_total_flops(), sampling]))
-        with marked_network(model, marks):
-            model(pixels)
-        marks(END)
-    return marks.sums()
+    with (
+        FlopCounterMode(display=False) as counter,
+        StageMeter(lambda: np.array([counter.get_total_flops(), sampling])) as meter,
+    ):
+        model(pixels)
+    return meter.sums()
 
 
-class Marks:
-    """Splits what a meter shows into stages: a mark ends the stage before it and begins its own."""
+class StageMeter(TorchDispatchMode):
+    """Divide the growth of a counter among the stages.
 
-    def __init__(self, read: Callable[[], Any]):
-        """`read` gives a value whose differences are what is measured."""
-        self.read = read
-        self.marks: list[tuple[str, Any]] = []
+    Args:
+        read: returns the counter's value. The counter is a dispatch mode entered before this one, or hooks.
+    """
 
-    def __call__(self, stage: str) -> None:
-        self.marks.append((stage, self.read()))
+    def __init__(self, read: Callable[[], Any]) -> None:
+        super().__init__()
+        self._read = read
+        self._stages = [OTHER]
+        self._last = read()
+        self._sums: dict[str, Any] = {}
 
     def sums(self) -> dict[str, Any]:
-        """What every stage took, over all its parts."""
-        sums: dict[str, Any] = {}
-        for (stage, before), (_, after) in pairwise(self.marks):
-            sums[stage] = sums.get(stage, 0) + (after - before)
-        return sums
+        """Return the growth in every stage so far."""
+        now = self._read()
+        self._sums[self._stages[-1]] = self._sums.get(self._stages[-1], 0) + (now - self._last)
+        self._last = now
+        return self._sums
 
-
-class CudaMoment:
-    """When a GPU gets to this place in its queue. Differences are seconds; nobody waits until they are asked for."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: CudaMoment) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-def _clock(device: torch.device) -> Callable[[], Any]:
-    return CudaMoment if device.type == "cuda" else time.perf_counter
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ENTER_RANGE and args[0].startswith(PREFIX):
+            self.sums()
+            self._stages.append(args[0].removeprefix(PREFIX))
+        elif func is EXIT_RANGE and len(self._stages) > 1:
+            self.sums()
+            self._stages.pop()
+        return func(*args, **(kwargs or {}))
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators read and write; views move none."""
+    """Count the bytes of the tensors that operators read and write; views move none."""
 
     total = 0
 
@@ -275,15 +281,40 @@ class ByteCounter(TorchDispatchMode):
         storages = {t.untyped_storage()._cdata for t in read.values()}
         is_view = any(t.untyped_storage()._cdata in storages for t in written) and not func._schema.is_mutable
         if not is_view and func.overloadpacket is not torch.ops.aten.empty:
-            # An expanded tensor is smaller in memory than its shape says.
+            # An expanded tensor takes less memory than its shape.
             sizes = (min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read.values(), *written))
             self.total += sum(sizes)
         return result
 
 
+def profile_stages(action: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Run an action and return the seconds of its stages, and of `OTHER`, which sum to its whole time.
+
+    Stages of the network on a GPU have the time of their kernels. The post-processing on the CPU, which waits for them,
+    begins after the last one.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reports every start on stderr
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled, stage(WHOLE):
+        action()
+    ranges: dict[str, tuple[float, float]] = {}
+    for event in profiled.events():
+        name = event.name.removeprefix(PREFIX)
+        on_gpu = event.device_type == DeviceType.CUDA
+        if event.name.startswith(PREFIX) and (not on_gpu or name in NETWORK_STAGES) and (on_gpu or name not in ranges):
+            ranges[name] = event.time_range.start / 1e6, event.time_range.end / 1e6
+    reached, end = ranges.pop(WHOLE)
+    seconds = {OTHER: end - reached}
+    for name, (start, stop) in sorted(ranges.items(), key=lambda item: item[1][1]):
+        seconds[name] = max(0.0, stop - max(start, reached))
+        seconds[OTHER] -= seconds[name]
+        reached = max(reached, stop)
+    return seconds
+
+
 @dataclass(frozen=True)
 class _Measured:
-    """Per stage the seconds of every repeat and the bytes of one run; and what the run shows besides."""
+    """Seconds of every stage and repeat, bytes of every stage of one run, size of the input, and memory."""
 
     seconds: list[dict[str, float]]
     bytes: dict[str, int]
@@ -298,113 +329,56 @@ def _measure(
     encoded: bytes,
     batch: int,
     repeats: int,
+    precision: str,
     progress: Callable[[int], None],
 ) -> _Measured:
     device = model.device
 
-    def run(read: Callable[[], Any]) -> dict[str, Any]:
-        marks = Marks(read)
-        with _marked_processor(processor, marks), marked_network(model, marks):
-            marks(DECODE)
+    def run() -> None:
+        with stage(DECODE):
             images = [load_image(encoded) for _ in range(batch)]
-            marks(OTHER)
-            predict_batch(model, processor, images)
-            marks(END)
+        predict_batch(model, processor, images, precision=precision)
         progress(1)
-        return marks.sums()
 
     loaded = _memory(device, peak=False)
-    sizes: list[tuple[int, int]] = []
-    hook = model.register_forward_pre_hook(
-        lambda _, __, arguments: sizes.append(arguments["pixel_values"].shape[-2:]), with_kwargs=True
-    )
-    with ByteCounter() as counter:
-        moved = run(lambda: counter.total)
-    hook.remove()
+    height, width = processor([load_image(encoded)])["pixel_values"].shape[-2:]
+    with ByteCounter() as counter, StageMeter(lambda: counter.total) as meter:
+        run()
     for _ in range(WARM_UP):
-        run(_clock(device))
+        profile_stages(run, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = [run(_clock(device)) for _ in range(repeats)]
-    return _Measured(seconds, moved, (sizes[0][0], sizes[0][1]), _memory(device, peak=True), loaded)
-
-
-@contextmanager
-def marked_network(model: HPetrForPoseEstimation, mark: Marks) -> Iterator[None]:
-    def begins(stage: str) -> Callable[..., None]:
-        return lambda *_: mark(stage)
-
-    decoder = model.pose_decoder
-    hooks = [
-        model.register_forward_pre_hook(begins(OTHER)),
-        decoder.register_forward_pre_hook(begins(PROPOSALS)),
-        decoder.layers[0].register_forward_pre_hook(begins(POSE_DECODER)),
-        decoder.register_forward_hook(begins(OTHER)),
-    ]
-    for module, stage in (
-        (model.backbone, BACKBONE),
-        (model.encoder, ENCODER),
-        (model.joint_decoder, JOINT_DECODER),
-    ):
-        hooks += [module.register_forward_pre_hook(begins(stage)), module.register_forward_hook(begins(OTHER))]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _marked_processor(processor: HPetrImageProcessor, mark: Marks) -> Iterator[None]:
-    """Marks on the two methods; what follows the second, results as NumPy arrays, is post-processing too."""
-    stages = {"preprocess": (RESIZE, OTHER), "post_process_pose_estimation": (POST_PROCESSING, POST_PROCESSING)}
-
-    def marked(method: Callable[..., Any], stage: str, after: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            mark(stage)
-            result = method(*args, **kwargs)
-            mark(after)
-            return result
-
-        return call
-
-    for name, (stage, after) in stages.items():
-        setattr(processor, name, marked(getattr(processor, name), stage, after))
-    try:
-        yield
-    finally:
-        for name in stages:
-            delattr(processor, name)
+    seconds = [profile_stages(run, device) for _ in range(repeats)]
+    return _Measured(seconds, meter.sums(), (height, width), _memory(device, peak=True), loaded)
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOPs per second of a float32 product of two large square matrices, the best of five."""
+    """Return the FLOPs per second of a float32 product of two large square matrices, the best of five."""
     side = MATRIX_SIDE.get(device.type, MATRIX_SIDE["cpu"])
     left, right, out = (torch.ones(side, side, device=device) for _ in range(3))
     return 2 * side**3 / _best_time(device, lambda: torch.mm(left, right, out=out))
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of copying a large tensor, the best of five."""
+    """Return the bytes per second, read and written, of copying a large tensor, the best of five."""
     source = torch.ones(COPY_BYTES.get(device.type, COPY_BYTES["cpu"]) // 4, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _best_time(device, lambda: target.copy_(source))
 
 
-def _best_time(device: torch.device, work: Callable[[], object]) -> float:
-    read = _clock(device)
-    work()
+def _best_time(device: torch.device, action: Callable[[], object]) -> float:
     times = []
-    for _ in range(MACHINE_REPEATS):
-        before = read()
-        work()
-        after = read()
-        times.append(after - before)
-    return min(times)
+    for _ in range(1 + MACHINE_REPEATS):  # the first one warms up
+        before = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - before)
+    return min(times[1:])
 
 
 def _memory(device: torch.device, *, peak: bool) -> int | None:
-    """Bytes in use, or at most in use so far; on the CPU only the latter is known."""
+    """Return the bytes in use, or the peak so far; on the CPU always the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     try:
@@ -416,7 +390,7 @@ def _memory(device: torch.device, *, peak: bool) -> int | None:
 
 
 def _stage(name: str, measured: _Measured, flops: dict[str, np.ndarray], matrix: float, copy: float) -> Stage:
-    seconds = _spread([run.get(name, 0.0) for run in measured.seconds])
+    seconds = _spread([run[name] for run in measured.seconds])
     matrix_flops, sampling_flops = (int(count) for count in flops.get(name, (0, 0)))
     all_flops, moved = matrix_flops + sampling_flops, measured.bytes.get(name, 0)
     return Stage(
@@ -436,10 +410,9 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _load(target: str, device: torch.device) -> tuple[HPetrForPoseEstimation, HPetrImageProcessor, str]:
-    if os.path.isdir(target) or (target == BUNDLED and bundled_checkpoint().is_dir()):
-        return *load_checkpoint(target, device), "checkpoint"
-    if target not in PRESETS:
-        raise InputError(f"{target}: neither a checkpoint folder nor a preset, expected one of {', '.join(PRESETS)}")
+    found = find_model(target, ("checkpoint", "preset"))
+    if found.path is not None:
+        return *load_checkpoint(found.path, device), "checkpoint"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = HPetrForPoseEstimation(HPetrConfig.preset(target))
@@ -447,7 +420,7 @@ def _load(target: str, device: torch.device) -> tuple[HPetrForPoseEstimation, HP
 
 
 def _encoded_image(image: str | os.PathLike[str] | None, size: tuple[int, int] | None) -> bytes:
-    """The file's bytes, or a JPEG about as hard to decode as a photograph."""
+    """Return the file's bytes, or a JPEG about as hard to decode as a photograph."""
     if image is not None:
         load_image(image)  # a broken file is reported by its name
         return Path(image).read_bytes()
@@ -461,7 +434,7 @@ def _encoded_image(image: str | os.PathLike[str] | None, size: tuple[int, int] |
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many threads for torch and OpenCV, and afterwards what they had."""
+    """Set the threads of torch and OpenCV, and restore them afterwards."""
     if count is None:
         yield
         return

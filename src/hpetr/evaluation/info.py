@@ -1,8 +1,7 @@
-"""What a model is and what runs it: parameters, FLOPs, tokens, kernel and versions."""
+"""Size and cost of a model, and the versions in use."""
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 
@@ -11,32 +10,33 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import hpetr
-from hpetr.checkpoints.folder import BUNDLED, bundled_checkpoint, load_config, load_processor, resolve_checkpoint
-from hpetr.checkpoints.hub import is_hub_place
+from hpetr.checkpoints.folder import load_config, load_processor
 from hpetr.errors import InputError
 from hpetr.images.pixels import keep_ratio_size
+from hpetr.inference.open import find_model
 from hpetr.model.config import HPetrConfig
 from hpetr.model.grid import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.model.ops import kernel_name
-from hpetr.model.presets import PRESETS
 
-# The size that images of COCO mostly have, height and width.
+# The size of most images of COCO, height and width.
 USUAL_IMAGE = (480, 640)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Figures of a model.
+    """Size and cost of a model.
 
     Attributes:
-        name: preset or folder.
-        parameters: all. trainable: those that training changes. frozen: the rest.
-        size: height and width in pixels of the network's input that `flops` and `tokens` are for.
+        name: as it was given.
+        parameters: number of all parameters.
+        trainable: number of parameters that training changes.
+        frozen: number of the others.
+        size: height and width of the network's input for `flops` and `tokens`, in pixels.
         flops: floating-point operations of one image, 2 for a multiply-add, of matrix products, convolutions and
-            self-attention; the bilinear sampling of deformable attention is not counted.
-        tokens: of each feature level, finest first.
+            self-attention, without deformable sampling.
+        tokens: number of tokens of each feature level, finest first.
     """
 
     name: str
@@ -49,16 +49,20 @@ class ModelInfo:
 
 
 def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
-    """Figures of a preset or a checkpoint folder; no weights are read or made.
+    """Return size and cost of a preset or a checkpoint. No weights are read or made.
 
     Args:
-        target: preset's name, or folder. The bundled checkpoint's name means the bundled checkpoint.
-        size: height and width of the network's input; None takes what the processor makes of a 640 x 480 image.
+        target: see `hpetr.inference.open.find_model`.
+        size: height and width of the network's input; None means those of a 640 x 480 image.
 
     Raises:
         InputError: neither a preset nor a checkpoint, or the size is not positive.
     """
-    config, processor = _config_and_processor(target)
+    found = find_model(target, ("checkpoint", "preset"))
+    if found.path is None:
+        config, processor = HPetrConfig.preset(target), HPetrImageProcessor()
+    else:
+        config, processor = load_config(found.path), load_processor(found.path)
     height, width = size or keep_ratio_size(
         *USUAL_IMAGE, processor.size["shortest_edge"], processor.size["longest_edge"]
     )
@@ -85,18 +89,8 @@ def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
     )
 
 
-def _config_and_processor(target: str) -> tuple[HPetrConfig, HPetrImageProcessor]:
-    bundled = target == BUNDLED and bundled_checkpoint().is_dir()
-    if target in PRESETS and not bundled and not os.path.isdir(target):
-        return HPetrConfig.preset(target), HPetrImageProcessor()
-    if not bundled and not is_hub_place(target) and not os.path.exists(target):
-        raise InputError(f"{target}: neither a checkpoint folder nor a preset, expected one of {', '.join(PRESETS)}")
-    folder = resolve_checkpoint(target)
-    return load_config(folder), load_processor(folder)
-
-
 def environment_info() -> dict[str, str]:
-    """Versions, threads and the deformable-sampling kernel in use here, for bug reports."""
+    """Return the versions, threads and deformable-sampling kernel in use, for bug reports."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "hpetr": hpetr.__version__,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpetr.checkpoints.folder import CONFIG, load_checkpoint, resolve_device
-from hpetr.checkpoints.official import Shapes, load_official, read_official, to_official, weight_shapes
+from hpetr.checkpoints.official import identify, load_official, read_official, weight_shapes
 from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError
 from hpetr.evaluation.evaluate import EvalResult, evaluate
@@ -167,44 +167,15 @@ def load_zoo_model(
     chosen = resolve_device(device)
     if path.is_dir():
         model, processor = load_checkpoint(path, "cpu")
-        preset = identify(path, weight_shapes(model.state_dict()), official=False)
+        preset = identify(weight_shapes(model.state_dict()), path, official=False)
     else:
         state = read_official(path)
-        preset = identify(path, weight_shapes(state), official=True)
+        preset = identify(weight_shapes(state), path)
         model, processor = load_official(state, preset), HPetrImageProcessor()
-    if model.config.num_keypoints != num_keypoints:
-        raise InputError(f"{path}: {preset} has {model.config.num_keypoints} keypoints, the data {num_keypoints}")
+    config, zoo = model.config, HPetrConfig.preset(preset)
+    if (config.num_keypoints, config.num_labels) != (zoo.num_keypoints, zoo.num_labels):
+        found = f"{preset} with {config.num_keypoints} keypoints and {config.num_labels} classes"
+        raise InputError(f"{path}: is none of the zoo's models, but {found}")
+    if config.num_keypoints != num_keypoints:
+        raise InputError(f"{path}: {preset} has {config.num_keypoints} keypoints, the data {num_keypoints}")
     return preset, model.eval().to(chosen), processor
-
-
-def identify(path: Path, shapes: Shapes, *, official: bool) -> str:
-    """The model of the zoo whose tensors have exactly these names and shapes.
-
-    Args:
-        path: for the error.
-        shapes: see `weight_shapes`.
-        official: whether the names are the official code's or hpetr's own.
-
-    Raises:
-        InputError: none has; names the nearest and the first tensor that does not fit.
-    """
-    misfits = {}
-    for preset in PUBLISHED:
-        expected = _expected_shapes(preset, official)
-        misfits[preset] = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
-    nearest = min(misfits, key=lambda preset: len(misfits[preset]))
-    if not misfits[nearest]:
-        return nearest
-    name = misfits[nearest][0]
-    found, wanted = shapes.get(name, "missing"), _expected_shapes(nearest, official).get(name, "no such tensor")
-    raise InputError(
-        f"{path}: is none of the zoo's models; of the nearest, {nearest}, {len(misfits[nearest])} tensors do not fit, "
-        f"first {name!r}: {found}, expected {wanted}"
-    )
-
-
-@cache
-def _expected_shapes(preset: str, official: bool) -> Shapes:
-    with torch.device("meta"):  # shapes alone, no memory
-        model = HPetrForPoseEstimation(HPetrConfig.preset(preset))
-    return weight_shapes(to_official(model) if official else model.state_dict())

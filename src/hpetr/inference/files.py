@@ -1,4 +1,4 @@
-"""Poses of whole folders of image files: which images, what the outputs are called, and the results file."""
+"""Poses of image files: the images that inputs name, their outputs, and the results."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import numpy as np
 
 from hpetr.errors import InputError
 from hpetr.images.files import check_writable, output_names, write_bytes
-from hpetr.images.read import IMAGE_SUFFIXES, encode_image, load_image
+from hpetr.images.read import encode_image, is_image, load_image
+from hpetr.poses.formats import check_formats, write_format
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.runtime import is_exported
 
 
 def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str], str | None]:
-    """The images and videos among the inputs, and the model: the option's, or the exported one among the inputs.
+    """Return the inputs without an exported model among them, and the model: that one or the option's.
 
     Raises:
-        InputError: more than one model, or none but the model among the inputs.
+        InputError: more than one model, or no other input.
     """
     models = [text for text in inputs if is_exported(text)]
     if not models:
         return inputs, checkpoint
-    if len(models) > 1 or checkpoint is not None:
-        named = [*([checkpoint] if checkpoint else []), *models]
+    named = [*([checkpoint] if checkpoint else []), *models]
+    if len(named) > 1:
         raise InputError(f"predict: {len(named)} models ({', '.join(named)}), expected one")
     rest = [text for text in inputs if text not in models]
     if not rest:
@@ -36,9 +37,9 @@ def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The images that files, folders and glob patterns name, each once, in the order given, folders by name.
+    """Return the images that files, folders and glob patterns name, each once, in the order given, folders by name.
 
-    A folder gives the files with an image's suffix directly in it; a file that is named is taken whatever its suffix.
+    A folder gives the files directly in it that have an image's suffix. A named file is taken whatever its suffix.
 
     Raises:
         InputError: an input names nothing.
@@ -47,7 +48,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            images = sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
             if not images:
                 raise InputError(f"{path}: the folder has no image directly in it (its sub-folders are not searched)")
         elif path.is_file():
@@ -65,13 +66,13 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
 @dataclass
 class PredictionRun:
-    """What became of the images.
+    """The outcome of `predict_files`.
 
     Attributes:
-        images: how many were given.
-        people: poses found in all of them.
-        unreadable: images that could not be read, and why.
-        written: the file or folder of each format with all poses.
+        images: number of images given.
+        people: number of poses in all images.
+        unreadable: images that could not be read, and the reasons.
+        written: the file or folder of each format.
     """
 
     images: int
@@ -90,32 +91,31 @@ def predict_files(
     progress: Callable[[int], None] | None = None,
     formats: Sequence[str] = ("coco",),
 ) -> PredictionRun:
-    """Predict every image, write the drawings and the results; an image that cannot be read does not stop the rest.
+    """Predict every image, write the drawings and the results. An image that cannot be read does not stop the rest.
 
     Args:
+        predictor: the model.
         images: see `find_images`.
-        output: folder for the drawings, named by `output_names`, and the results, named by `formats.FORMATS`.
-        results: another place for the results in `coco`.
+        output: folder of the drawings, named by `output_names`, and of the results, named by `formats.FORMATS`.
+        results: another file for the results in `coco`.
         draw: write drawings.
         batch_size: see `Predictor`.
         progress: called with the number of images after each batch.
         formats: of the results, see `hpetr.poses.formats`.
 
     Raises:
-        InputError: no image at all can be read, or an output cannot be written.
+        InputError: no image can be read, or an output cannot be written.
     """
-    from hpetr.poses.formats import write_format  # that module imports this one
-
     run = PredictionRun(len(images))
     names = dict(zip(images, output_names(images), strict=True))
     found: list[PoseResult] = []
     size = predictor.default_batch_size if batch_size is None else batch_size
     for start in range(0, len(images), size):
         batch = images[start : start + size]
-        for path, image, result in _predict_readable(predictor, batch, size, run):
-            found.append(replace(result, path=path))
+        for image, result in _predict_readable(predictor, batch, run):
+            found.append(result)
             if draw:
-                name = names[path]
+                name = names[result.path]
                 write_bytes(output / name, encode_image(result.draw(image), Path(name).suffix))
         if progress is not None:
             progress(len(batch))
@@ -124,34 +124,34 @@ def predict_files(
         raise InputError(f"{run.unreadable[0][1]}{more}")
     run.people = sum(len(result) for result in found)
     for form in formats:
-        place = results if form == "coco" and results is not None else None
+        place = results if form == "coco" else None
         run.written.append(write_format(form, found, predictor.class_names, output, run.unreadable, place))
     return run
 
 
 def _predict_readable(
-    predictor: Predictor, paths: Sequence[Path], batch_size: int, run: PredictionRun
-) -> Iterator[tuple[Path, np.ndarray, PoseResult]]:
-    readable, loaded = [], []
+    predictor: Predictor, paths: Sequence[Path], run: PredictionRun
+) -> Iterator[tuple[np.ndarray, PoseResult]]:
+    """Yield the readable images of a batch with their results; add the others to `run.unreadable`."""
+    loaded: dict[Path, np.ndarray] = {}
     for path in paths:
         try:
-            loaded.append(load_image(path))
-            readable.append(path)
+            loaded[path] = load_image(path)
         except InputError as error:
             run.unreadable.append((path, str(error)))
-    yield from zip(readable, loaded, predictor(loaded, batch_size), strict=True)
+    results = predictor.predict(list(loaded.values())) if loaded else []
+    for (path, image), result in zip(loaded.items(), results, strict=True):
+        yield image, replace(result, path=path)
 
 
 def check_outputs(
     images: Sequence[Path], output: Path, results: Path | None, draw: bool, formats: Sequence[str] = ("coco",)
 ) -> None:
-    """Prove before any work that the outputs can be written and that no input is among them.
+    """Check before any work that the outputs can be written and that no image is among them.
 
     Raises:
         InputError: a folder cannot be written, a drawing would replace one of the images, or see `check_formats`.
     """
-    from hpetr.poses.formats import check_formats  # that module imports this one
-
     check_formats(formats, images, output)
     if results is not None and "coco" not in formats:
         raise InputError(f"--json {results}: is for the results in coco, expected --format coco among the others")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
-from hpetr.poses.result import PoseResult
+from hpetr.poses.result import POSE_FIELDS, PoseResult
 
 # As published for PETR on CrowdPose: linear decay of boxes that overlap by half, and nothing below this score.
 IOU_THRESHOLD = 0.5
@@ -22,21 +23,24 @@ def predict_batch_flipped(
     processor: HPetrImageProcessor,
     images: Sequence[np.ndarray],
     threshold: float | None = None,
+    precision: str = "float32",
 ) -> list[PoseResult]:
-    """`predict_batch` with a flip test: two passes, and at most as many poses an image as one pass gives.
+    """Predict the poses of a batch of images and of their mirror images, merged to at most `num_poses` per image.
 
     Args:
-        images: B arrays (H, W, 3) uint8 RGB.
-        threshold: only poses with a higher score go into the merge; None takes the processor's.
+        model, processor, images, precision: see `predict_batch`.
+        threshold: minimum score of a pose before the merge, exclusive; None means the processor's.
     """
-    plain = predict_batch(model, processor, images, threshold)
-    mirrored = predict_batch(model, processor, [np.ascontiguousarray(p[:, ::-1]) for p in images], threshold)
+    mirror_images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+    plain, mirrored = (
+        predict_batch(model, processor, batch, threshold, precision) for batch in (images, mirror_images)
+    )
     most = model.config.num_poses
     return [merge_poses(a, mirror_poses(b))[:most] for a, b in zip(plain, mirrored, strict=True)]
 
 
 def mirror_poses(result: PoseResult) -> PoseResult:
-    """The poses in the mirrored image: x becomes width - x, left and right of the skeleton change places."""
+    """Return the poses in the mirror image: x becomes width - x, left and right keypoints change places."""
     width = np.float32(result.image_size[1])
     order = result.skeleton.flip_index
     keypoints = result.keypoints[:, order].copy()  # (n, K, 2)
@@ -47,15 +51,9 @@ def mirror_poses(result: PoseResult) -> PoseResult:
 
 
 def merge_poses(first: PoseResult, second: PoseResult) -> PoseResult:
-    """The poses of both, best first, with the scores that soft NMS on their boxes leaves; of one image."""
-    both = replace(
-        first,
-        keypoints=np.concatenate([first.keypoints, second.keypoints]),
-        keypoint_scores=np.concatenate([first.keypoint_scores, second.keypoint_scores]),
-        scores=np.concatenate([first.scores, second.scores]),
-        boxes=np.concatenate([first.boxes, second.boxes]),
-        labels=np.concatenate([first.labels, second.labels]),
-    )
+    """Return the poses of two results of one image, best first, with the scores after soft NMS on their boxes."""
+    arrays: dict[str, Any] = {n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in POSE_FIELDS}
+    both = replace(first, **arrays)
     kept, scores = soft_nms(both.boxes, both.scores, both.labels)
     return replace(both[kept], scores=scores)
 
@@ -67,18 +65,20 @@ def soft_nms(
     iou_threshold: float = IOU_THRESHOLD,
     min_score: float = MIN_SCORE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Linear soft NMS: the best pose is taken, every pose of its class whose box overlaps its by at least
-    `iou_threshold` has its score multiplied with 1 - IoU, and so on with the best of the rest.
+    """Return the poses that remain after linear soft NMS.
+
+    The best pose is kept, and every pose of its class whose box overlaps by `iou_threshold` or more has its score
+    multiplied by 1 - IoU. The best of the rest follows.
 
     Args:
         boxes: (n, 4) xyxy.
         scores: (n,).
         labels: (n,) classes.
-        iou_threshold: the overlap from which on a score falls.
-        min_score: poses that fall below it are dropped.
+        iou_threshold: minimum overlap that lowers a score.
+        min_score: minimum score of a pose.
 
     Returns:
-        Indices (m,) of the poses that are left, best first, and their new scores (m,) float32.
+        Indices (m,) of the poses, best first, and their new scores (m,) float32.
     """
     left = scores.astype(np.float64)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # (n,)
@@ -92,7 +92,7 @@ def soft_nms(
         waiting[best] = False
         low, high = np.maximum(boxes[best, :2], boxes[:, :2]), np.minimum(boxes[best, 2:], boxes[:, 2:])  # (n, 2)
         shared = (high - low).clip(0).prod(axis=1)  # (n,)
-        # A pose in one point has a box without area: it overlaps nothing.
+        # The box of a pose in one point has no area and overlaps nothing.
         iou = shared / np.maximum(areas[best] + areas - shared, np.finfo(np.float32).tiny)
         touched = (iou >= iou_threshold) & (labels == labels[best])
         left = np.where(touched, left * (1 - iou), left)

@@ -1,7 +1,7 @@
-"""Several processes that work as one: what they exchange, and one error for all of them.
+"""Several processes that work as one: exchange of values, and one error for all of them.
 
-torchrun starts the processes and says so in the environment. Where there is only one, everything here is the plain
-thing: it takes no process group and costs nothing.
+torchrun starts the processes and describes them in the environment. A single process forms no group, and every function
+here is then trivial.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join(*, training: bool = False) -> None:
-    """Form the group of the processes that torchrun started, unless there is one (or only one process).
+    """Form the group of the processes that torchrun started, unless it exists or there is only one process.
 
     Args:
-        training: gradients will be exchanged, which accelerate sets up. Otherwise Python objects are, for which gloo
-            does wherever the models are.
+        training: exchange gradients, through accelerate. Otherwise Python objects are exchanged, through gloo on any
+            device.
     """
     if not distributed.is_available() or distributed.is_initialized():
         return
@@ -37,32 +37,33 @@ def join(*, training: bool = False) -> None:
         PartialState(cpu=not torch.cuda.is_available())
     else:
         distributed.init_process_group("gloo")
-        # gloo's threads otherwise live until the process dies, and where another process is gone first, they can end
-        # this one with "terminate called without an active exception" and exit code 134 after all work is done.
-        atexit.register(_leave)
+    # The threads of a group otherwise live until the process dies. If another process dies first, they can end this one
+    # with "terminate called without an active exception" and exit code 134 after all work is done.
+    atexit.register(leave)
 
 
-def _leave() -> None:
-    if _grouped():
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if _is_grouped():
         distributed.destroy_process_group()
 
 
 def count() -> int:
-    """How many processes work together."""
-    return distributed.get_world_size() if _grouped() else 1
+    """Return the number of processes that work together."""
+    return distributed.get_world_size() if _is_grouped() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0; the first prints and writes."""
-    return distributed.get_rank() if _grouped() else 0
+    """Return this process's number, from 0; process 0 prints and writes."""
+    return distributed.get_rank() if _is_grouped() else 0
 
 
-def _grouped() -> bool:
+def _is_grouped() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
 def gather_to_first(value: T) -> list[T]:
-    """Everybody's value, by rank, on the first process; an empty list on the others."""
+    """Return the values of all processes by rank on the first process, and an empty list on the others."""
     if count() == 1:
         return [value]
     values: list[Any] | None = [None] * count() if rank() == 0 else None
@@ -71,28 +72,26 @@ def gather_to_first(value: T) -> list[T]:
 
 
 def gather(value: T) -> list[T]:
-    """Everybody's value, by rank, on every process."""
-    if count() == 1:
-        return [value]
-    values: list[Any] = [None] * count()
-    distributed.all_gather_object(values, value)
+    """Return the values of all processes by rank."""
+    values: list[Any] = [value] * count()
+    if count() > 1:
+        distributed.all_gather_object(values, value)
     return values
 
 
 def share(value: T) -> T:
-    """The first process's value, on every process."""
-    if count() == 1:
-        return value
+    """Return the first process's value."""
     values = [value]
-    distributed.broadcast_object_list(values)
+    if count() > 1:
+        distributed.broadcast_object_list(values)
     return values[0]
 
 
 def together(action: Callable[[], T]) -> T:
-    """What `action` gives on this process, once it is done on all of them.
+    """Run an action on every process and return its own result once all are done.
 
     Raises:
-        InputError: it was raised on a process. Every process raises the first one's, so that none is left waiting.
+        InputError: a process raised it. All processes raise the first one's, so that none waits for another.
     """
     if count() == 1:
         return action()
@@ -108,9 +107,10 @@ def together(action: Callable[[], T]) -> T:
 
 
 def claim_device(device: str) -> str:
-    """The device of this process: with several on a machine "auto" and "cuda" mean a GPU for each of them.
+    """Return the device of this process: of "auto" and "cuda" a GPU of its own, which becomes the current one.
 
-    It also becomes the current GPU, on which kernels run that are not told another.
+    Raises:
+        InputError: there are fewer GPUs than processes on this machine.
     """
     if count() == 1 or not (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         return device

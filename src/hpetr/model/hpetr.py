@@ -18,9 +18,10 @@ from hpetr.errors import InputError
 from hpetr.model.attention import DeformableAttention
 from hpetr.model.backbone import FeatureExtractor
 from hpetr.model.config import HPetrConfig
-from hpetr.model.criterion import Criterion
+from hpetr.model.criterion import Criterion, GroupCriterion
 from hpetr.model.encoder import Encoder
 from hpetr.model.grid import Grid, make_grid
+from hpetr.model.group_decoder import GroupDecoder
 from hpetr.model.groups import QueryGroup, query_groups
 from hpetr.model.host import to_device
 from hpetr.model.joint_decoder import JointDecoder
@@ -32,6 +33,7 @@ from hpetr.model.nano.steps import SizeSteps
 from hpetr.model.pose_decoder import PoseDecoder
 from hpetr.model.proposals import Predictions, Proposals
 from hpetr.model.queries import LearnedQueries, Queries
+from hpetr.model.stages import BACKBONE, ENCODER, JOINT_DECODER, POSE_DECODER, PROPOSALS, stage
 from hpetr.model.steps import LogitSteps, Steps
 
 CLASS_PRIOR, HEATMAP_PRIOR = 0.01, 0.1
@@ -85,6 +87,13 @@ def build_queries(config: HPetrConfig, groups: Sequence[QueryGroup]) -> Queries:
     return ProposalQueries(config, groups)
 
 
+def build_pose_decoder(config: HPetrConfig, groups: Sequence[QueryGroup]) -> PoseDecoder | GroupDecoder:
+    """Return the decoder that `config.decoder` names."""
+    if config.decoder == "group":
+        return GroupDecoder(config)
+    return PoseDecoder(config, build_queries(config, groups), build_steps(config))
+
+
 class HPetrForPoseEstimation(PreTrainedModel):
     """PETR (Shi et al., CVPR 2022) and H-PETR (Jia et al., arXiv 2207.13080): the poses of all people at once, no NMS.
 
@@ -102,13 +111,12 @@ class HPetrForPoseEstimation(PreTrainedModel):
     def __init__(self, config: HPetrConfig, groups: Sequence[QueryGroup] | None = None):
         super().__init__(config)
         self.groups = query_groups(config) if groups is None else list(groups)
-        self.criterion = Criterion(config)
-        steps = build_steps(config)
+        self.criterion = (GroupCriterion if config.decoder == "group" else Criterion)(config)
         self.backbone = FeatureExtractor(config)
         self.level_embedding = nn.Embedding(config.num_feature_levels, config.d_model)
         self.encoder = Encoder(config, config.encoder_layers, config.num_feature_levels, config.encoder_first_level)
-        self.pose_decoder = PoseDecoder(config, build_queries(config, self.groups), steps)
-        self.joint_decoder = JointDecoder(config, steps)
+        self.pose_decoder = build_pose_decoder(config, self.groups)
+        self.joint_decoder = JointDecoder(config, build_steps(config)) if config.joint_decoder_layers else None
         if self.has_heatmap_branch(config):
             self.heatmap_encoder = Encoder(config, 1, 1)
             self.heatmap_head = nn.Linear(config.d_model, config.num_keypoints)
@@ -153,6 +161,23 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 init.zeros_(cast("Tensor", head.bias))
             for head in module.keypoint_heads:
                 init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
+        elif isinstance(module, GroupDecoder):
+            # The heads keep PyTorch's own initial values, as published; heads of a kind start as copies of one.
+            for heads in (module.class_heads, module.keypoint_heads[:-1], module.keypoint_heads[-1:]):
+                for layer in heads[0].modules():
+                    if isinstance(layer, nn.Linear):
+                        init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+                        init.uniform_(layer.bias, -(layer.in_features**-0.5), layer.in_features**-0.5)
+                for head in heads:
+                    for own, first in zip(head.parameters(), heads[0].parameters(), strict=True):
+                        init.copy_(own, first)
+            for head in module.class_heads:
+                init.constant_(cast("Tensor", head.bias), math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
+            for head in module.keypoint_heads:
+                init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].weight))
+                init.zeros_(cast("Tensor", cast(nn.Sequential, head)[-1].bias))
+            for embedding in (module.keypoint_embedding, module.instance_embedding):
+                init.xavier_uniform_(embedding.weight)
         elif isinstance(module, PosePrior):
             init.zeros_(module.projection.weight)
             init.copy_(cast("Tensor", module.projection.bias), module.initial_bias())
@@ -192,12 +217,14 @@ class HPetrForPoseEstimation(PreTrainedModel):
             pixel_values: (B, 3, H, W).
             padding: (B, H, W), true outside the image; None without padding.
         """
-        maps, masks, prior = self.backbone(pixel_values, padding)
+        with stage(BACKBONE):
+            maps, masks, prior = self.backbone(pixel_values, padding)
         shares = None
         if padding is not None and self.config.steps == "size":
             inside = ~padding
             shares = torch.stack([inside[:, 0].float().mean(1), inside[:, :, 0].float().mean(1)], -1)  # (B, 2)
-        grid = make_grid(maps, masks, shares)
+        config = self.config
+        grid = make_grid(maps, masks, shares, temperature=config.position_temperature, offset=config.position_offset)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, D)
         levels = torch.cat(
             [
@@ -210,12 +237,14 @@ class HPetrForPoseEstimation(PreTrainedModel):
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Grid, Prior | None]:
         """Return the memory (B, S, D) of pixels (B, 3, H, W) and mask (B, H, W), its grid, and the prior if any."""
         tokens, positions, grid, prior = self.tokenize(pixel_values, self.padding(pixel_mask))
-        return self.encoder(tokens, positions, grid), grid, prior
+        with stage(ENCODER):
+            return self.encoder(tokens, positions, grid), grid, prior
 
     def propose(self, memory: Tensor, grid: Grid, prior: Prior | None) -> Proposals:
         """Return the proposals of memory (B, S, D), guided by the prior of a model that has one."""
-        proposals = self.pose_decoder.propose(memory, grid)
-        return proposals if prior is None else prior.guide(proposals)
+        with stage(PROPOSALS):
+            proposals = self.pose_decoder.propose(memory, grid)
+            return proposals if prior is None else prior.guide(proposals)
 
     def forward(
         self,
@@ -248,7 +277,8 @@ class HPetrForPoseEstimation(PreTrainedModel):
         memory, grid, prior = self.encode(pixel_values, pixel_mask)
         proposals = self.propose(memory, grid, prior)
         groups = self.groups[:1] if labels is None else self.groups
-        layers, sizes = self.pose_decoder(memory, grid, proposals, groups)
+        with stage(POSE_DECODER):
+            layers, sizes = self.pose_decoder(memory, grid, proposals, groups)
         one_to_one = Predictions(layers.logits[:, :, : sizes[0]], layers.keypoints[:, :, : sizes[0]])
         output = HPetrOutput(
             logits=one_to_one.logits[-1],
@@ -266,7 +296,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 sizes,
                 targets,
                 width,
-                refine=partial(self.joint_decoder, memory, grid),
+                refine=partial(self.refine, memory, grid),
                 heatmap=partial(self.heatmap, memory, grid, prior),
             )
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
@@ -293,16 +323,26 @@ class HPetrForPoseEstimation(PreTrainedModel):
         Returns:
             Scores (B, T), poses (B, T, K, 2), labels (B, T), and keypoint scores (B, T, K) or None.
         """
-        scores = predictions.logits[-1].sigmoid()  # (B, N, C)
+        scores = predictions.logits[-1][..., self.config.leading_columns :].sigmoid()  # (B, N, C)
         classes = scores.shape[-1]
         flat = scores.flatten(1)
         best, index = flat.topk(torch.sym_min(self.config.num_poses, flat.shape[1]), dim=1)  # (B, T)
         query = torch.div(index, classes, rounding_mode="floor")[..., None, None]
         chosen = predictions.keypoints[-1].gather(1, query.expand(-1, -1, *predictions.keypoints.shape[-2:]))
-        poses, logits = self.joint_decoder(memory, grid, chosen)
+        poses, logits = self.refine(memory, grid, chosen)
         keypoint_scores = None if logits is None else logits.sigmoid()
         # `SizeSteps` may lead out of the image.
         return best, poses[-1].clamp(0, 1), index % classes, keypoint_scores
+
+    def refine(self, memory: Tensor, grid: Grid, poses: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the joint decoder's poses (layers, B, T, K, 2) and keypoint logits for poses (B, T, K, 2).
+
+        A model without a joint decoder returns the poses themselves, and None.
+        """
+        if self.joint_decoder is None:
+            return poses[None], None
+        with stage(JOINT_DECODER):
+            return self.joint_decoder(memory, grid, poses)
 
     def heatmap(self, memory: Tensor, grid: Grid, prior: Prior | None) -> tuple[Tensor, Tensor | None]:
         """Return heatmap logits (B, K, H, W) and padding (B, H, W), or None without padding.

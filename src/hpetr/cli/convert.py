@@ -1,0 +1,48 @@
+"""The command `hpetr convert`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpetr.errors import InputError
+
+
+def convert_command(
+    source: Annotated[
+        Path, typer.Argument(help="Official .pth file; or a checkpoint folder with --to-official or --half.")
+    ],
+    preset: Annotated[
+        str | None, typer.Option(help="Model of the .pth, e.g. h-petr-r50. Default: found by its tensors.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New checkpoint folder.")] = None,
+    to_official: Annotated[Path | None, typer.Option(help="New .pth file in the official layout.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the folder's matrices as float16 in --output.")] = False,
+) -> None:
+    """Convert an official checkpoint to hpetr, or back; or halve a checkpoint's size."""
+    if (output is None) == (to_official is None) or ((half or to_official) and preset) or (half and to_official):
+        raise InputError("convert: expected --output (with --preset or --half, or neither), or --to-official")
+    from hpetr.checkpoints import official
+    from hpetr.checkpoints.folder import load_checkpoint, save_checkpoint
+    from hpetr.images.files import check_writable, write_bytes
+    from hpetr.model.image_processor import HPetrImageProcessor
+
+    if to_official is not None:
+        check_writable(to_official.parent)
+        model, _ = load_checkpoint(source, "cpu")
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save({"state_dict": official.to_official(model)}, buffer)
+        write_bytes(to_official, buffer.getvalue())
+        typer.echo(f"official checkpoint: {to_official}")
+    elif output is not None:
+        check_writable(output.parent)
+        if half:
+            save_checkpoint(*load_checkpoint(source, "cpu"), output, half=True)
+        else:
+            save_checkpoint(official.load_official(source, preset), HPetrImageProcessor(), output)
+        typer.echo(f"checkpoint: {output}")
