@@ -159,6 +159,18 @@ ANNOTATION = ("annotations", 0)
         (change((*ANNOTATION, "image_id"), 99), "annotation 1: 'image_id' is 99"),
         (change((*ANNOTATION, "image_id"), ...), "annotation 1: field 'image_id'"),
         (change((*ANNOTATION, "category_id"), 99), "annotation 1: 'category_id' is 99"),
+        *(
+            (
+                change((*ANNOTATION, "iscrowd"), value),
+                "annotation 1: 'iscrowd' is .*, expected 0, 1, true, false or null",
+            )
+            for value in ("0", "false", [0], float("nan"), 2, {})
+        ),
+        (change((*ANNOTATION, "keypoints"), [1e39, 1, 2] * 3), "annotation 1: 'keypoints'.*finite numbers below 1e"),
+        (change((*ANNOTATION, "bbox"), [1, 1, 1e39, 4]), "annotation 1: 'bbox'.*finite"),
+        (change((*ANNOTATION, "area"), 1e39), "annotation 1: 'area'"),
+        (change(("annotations", 2, "keypoints"), False), "annotation 3: 'keypoints' is False"),
+        (change(("categories", 0, "keypoints"), 0), "category 2: 'keypoints' is 0, expected the list"),
     ],
 )
 def test_invalid_files_give_one_line_with_file_and_place(tmp_path, content, edit, words):
@@ -173,6 +185,46 @@ def test_categories_with_different_keypoint_counts(tmp_path, content):
     content["categories"].append({"id": 5, "name": "snake", "keypoints": ["head"]})
     with pytest.raises(InputError, match="category 2 has 3, category 5 has 1"):
         load_annotations(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keypoints": ["nose", "right_ear", "left_ear"]}, "keypoint 1 is 'right_ear' and 'left_ear'"),
+        ({"flip_idx": [0, 1, 2]}, "the mirror image of 'left_ear' is 'left_ear' and 'right_ear'"),
+        ({"sigmas": [0.1, 0.1, 0.2]}, "the sigma of 'right_ear' is 0.2 and 0.1"),
+    ],
+)
+def test_categories_with_different_keypoints(tmp_path, content, changes, words):
+    content["categories"].append({**content["categories"][0], "id": 5, "name": "dog", **changes})
+    with pytest.raises(
+        InputError, match=rf"annotations\.json: categories 5 and 2 differ in their keypoints \({words}\)"
+    ):
+        open_dataset(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("value", "is_crowd"), [(0, False), (False, False), (None, False), (0.0, False), (1, True), (True, True)]
+)
+def test_yes_and_no_of_a_crowd(tmp_path, content, value, is_crowd):
+    content["annotations"][0]["iscrowd"] = value
+    assert load_annotations(write(tmp_path, content)).is_crowd[0] == is_crowd
+
+
+@pytest.mark.parametrize("key", ["keypoints", "bbox"])
+def test_shares_of_the_image_are_not_pixels(tmp_path, content, key):
+    for annotation in content["annotations"]:
+        scale = [40, 30, 1] * 3 if key == "keypoints" else [40, 30, 40, 30]
+        if key in annotation:
+            annotation[key] = [value / by for value, by in zip(annotation[key], scale, strict=True)]
+    with pytest.raises(InputError, match=rf"json: '{key}' of 2 of 2 people is within 1\.5 pixels .*, expected pixels"):
+        open_dataset(write(tmp_path, content))
+
+
+def test_byte_order_mark(tmp_path, content):
+    path = write(tmp_path, content)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(open_dataset(path)) == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "JSON object"), ("", "not JSON")])

@@ -25,6 +25,9 @@ CONFIG = {
 }
 
 
+GOOD = "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2"
+
+
 def write(folder, labels, config=None, size=(40, 20)):
     """A data set of one split: `labels` maps image names to label texts, or None for no label file."""
     for name, text in labels.items():
@@ -68,7 +71,7 @@ def test_two_numbers_a_keypoint_take_the_corner_as_unlabelled(tmp_path):
 
 
 def test_area_of_box_and_limit(tmp_path):
-    path = write(tmp_path, {f"{name}.png": "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2" for name in "abc"})
+    path = write(tmp_path, {f"{name}.png": GOOD for name in "abc"})
     dataset = open_dataset(path, split="train", limit=2, area_of_box=1.0)
     assert len(dataset) == 2
     assert dataset[0].areas.tolist() == [200]
@@ -107,7 +110,7 @@ def test_a_coco_data_set_written_as_yolo_reads_the_same(tmp_path):
 
 
 def test_lists_of_images_and_of_folders(tmp_path):
-    path = write(tmp_path, {f"{name}/a.png": "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2" for name in ("one", "two")})
+    path = write(tmp_path, {f"{name}/a.png": GOOD for name in ("one", "two")})
     (tmp_path / "list.txt").write_text("./images/train/two/a.png\n\nimages/train/one/a.png\n")
     path.write_text(yaml.safe_dump({**CONFIG, "train": ["images/train/one", "images/train/two"], "val": "list.txt"}))
     folders = [[p.parent.name for p in open_dataset(path, split=split).image_paths] for split in ("train", "val")]
@@ -115,6 +118,39 @@ def test_lists_of_images_and_of_folders(tmp_path):
     (tmp_path / "list.txt").write_text("images/train/three/a.png\n./images/train/one/a.png")
     with pytest.raises(InputError, match=r"three.a\.png: no such file"):
         open_dataset(path, split="val")
+
+
+def test_lists_with_a_byte_order_mark_and_roboflows_paths(tmp_path):
+    path = write(tmp_path, {"a.png": GOOD})
+    (tmp_path / "list.txt").write_text("images/train/a.png\n", encoding="utf-8-sig")
+    path.write_text(yaml.safe_dump({**CONFIG, "train": "../images/train", "val": "list.txt", "test": ""}))
+    images = [open_dataset(path, split=split).image_paths for split in ("train", "val")]
+    assert images == [[tmp_path / "images" / "train" / "a.png"]] * 2
+
+
+def test_labels_without_an_image_and_images_without_a_label(tmp_path):
+    names = ("a.png", "a.bmp", "lost.png", "beside.png", "c.png")
+    path = write(tmp_path, dict.fromkeys(names, GOOD))
+    images, labels = (tmp_path / name / "train" for name in ("images", "labels"))
+    (labels / "lost.txt").rename(labels / "lots.txt")
+    (labels / "beside.txt").rename(images / "beside.txt")
+    (labels / "classes.txt").write_text("cat")
+    expected = {"images without a label file": 2, "label files without an image": 1, "label files of several images": 1}
+    dataset = open_dataset(path, split="train")
+    assert dataset.report.images_without_people == 2
+    assert len(dataset.warnings) == 3
+    assert (
+        f"{path}: 2 images without a label file, e.g. {images / 'beside.png'}: taken as background"
+        in dataset.warnings[0]
+    )
+    assert dataset.warnings[0].endswith(f"{images / 'beside.txt'} is not read")
+    report = check_dataset(path, split="train", decode=False)
+    assert {f.kind: f.count for f in report.findings if f.kind in expected} == expected
+    assert report.accepted
+    path.write_text(yaml.safe_dump({**CONFIG, "train": ["list.txt"]}))
+    (tmp_path / "list.txt").write_text("images/train/c.png")
+    kinds = [problem.kind for problem in read_yolo(path).warnings]
+    assert kinds == ["label files without an image"], "images that a list leaves out own their labels"
 
 
 @pytest.mark.parametrize(
@@ -144,8 +180,7 @@ def test_label_file(image, label):
     ],
 )
 def test_wrong_labels_name_file_and_line(tmp_path, line, words):
-    good = "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2"
-    path = write(tmp_path, {"a.png": f"{good}\n{line}\n{good}\n"})
+    path = write(tmp_path, {"a.png": f"{GOOD}\n{line}\n{GOOD}\n"})
     with pytest.raises(InputError, match=words) as caught:
         open_dataset(path, split="train")
     assert os.path.join("labels", "train", "a.txt") in str(caught.value)
@@ -172,6 +207,8 @@ def test_wrong_labels_name_file_and_line(tmp_path, line, words):
         ({"skeleton": [0, 1]}, "'skeleton' has 0, expected pairs"),
         ({"train": "elsewhere"}, "'train': no folder or .txt"),
         ({"train": 3}, "'train' is 3"),
+        ({"train": False}, "'train' is False"),
+        ({"kpt_names": {0: ["a", "b"], 1: ["b", "a"]}}, r"categories 2 and 1 differ .*keypoint 0 is 'b' and 'a'"),
         ({"train": None}, "split 'train' is not given, expected one of those there: val"),
     ],
 )
@@ -227,7 +264,7 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path):
 
 
 def test_unreadable_images_are_problems_of_their_own(tmp_path):
-    path = write(tmp_path, {"a.png": "0 0.5 0.5 0.5 0.5 0.5 0.5 2 0.4 0.4 2"})
+    path = write(tmp_path, {"a.png": GOOD})
     (tmp_path / "images" / "train" / "a.png").write_bytes(b"no image")
     loaded = read_yolo(path, split="train")
     assert [problem.kind for problem in loaded.problems] == ["unreadable image"]

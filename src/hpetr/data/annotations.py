@@ -42,7 +42,7 @@ class ProblemLog:
 
     def field(
         self, item: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str, expected: str
-    ) -> Any | None:
+    ) -> Any:
         """Return item[key], or add a problem and return None if it is missing, of another type or beyond 64 bits."""
         value: Any = item.get(key)
         valid = isinstance(value, kind) and not isinstance(value, bool)

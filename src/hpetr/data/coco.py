@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,16 +103,16 @@ def _annotations(path: Path, content: dict[str, Any], images: str | os.PathLike[
     log = ProblemLog()
     records, image_ids = _read_images(path, content["images"], log)
     categories = _read_categories(path, content["categories"])
-    rows = _Rows(path, len(categories[0]["keypoints"]), log)
-    category_ids = {item["id"] for item in content["categories"]}
-    labels = {category["id"]: label for label, category in enumerate(categories)}
-    other_categories = rows.collect(content["annotations"], image_ids, category_ids, labels)
+    labels: dict[int, int | None] = {item["id"]: None for item in content["categories"]}
+    labels |= {category["id"]: label for label, category in enumerate(categories)}
+    num_keypoints = len(categories[0]["keypoints"])
+    rows, other_categories = _read_people(path, content["annotations"], image_ids, labels, num_keypoints, log)
     return PoseAnnotations(
         path=path,
         root=path.parent / "images" if images is None else Path(images),
         images=records,
         categories=categories,
-        **rows.arrays(records),
+        **_arrays(path, rows, records, num_keypoints, log),
         other_categories=other_categories,
         problems=log.problems,
     )
@@ -187,122 +187,120 @@ def _read_categories(path: Path, items: list[dict[str, Any]]) -> list[dict[str, 
     return categories
 
 
-class _Rows:
-    """Annotations on their way from dicts to arrays: types and ids one by one, then all numbers at once."""
+class _Row(NamedTuple):
+    """An annotation with the right types and ids; its numbers are checked later."""
 
-    def __init__(self, path: Path, num_keypoints: int, log: ProblemLog) -> None:
-        self.path, self.num_keypoints, self.log = path, num_keypoints, log
-        self.columns: list[tuple[int, int, int, bool, bool]] = []  # id, image id, class label, crowd, has area
-        self.keypoints: list[list[Any]] = []
-        self.boxes: list[list[Any]] = []
-        self.areas: list[list[Any]] = []
+    id: int
+    image_id: int
+    label: int
+    is_crowd: bool
+    has_area: bool
+    keypoints: list[Any]  # 3 K
+    box: list[Any]  # x, y, width, height
+    area: Any
 
-    def collect(
-        self, items: list[dict[str, Any]], image_ids: set[int], category_ids: set[int], labels: Mapping[int, int]
-    ) -> int:
-        """Keep the annotations that can become rows, and return the number of those of other categories."""
-        log, other_categories = self.log, 0
-        seen: set[int] = set()
-        for position, item in enumerate(items):
-            before = len(log.problems)
-            annotation_id = log.field(item, "id", int, f"{self.path}: annotations[{position}]", "a whole number")
-            where = f"{self.path}: annotation {annotation_id}"
-            if annotation_id is None:
-                continue
-            if annotation_id in seen:
-                log.add("duplicate annotation id", where, "'id' occurs twice, expected distinct ids")
-            seen.add(annotation_id)
-            image_id = log.field(item, "image_id", int, where, "the id of an entry of 'images'")
-            if image_id is not None and image_id not in image_ids:
-                log.add("unknown image", where, f"'image_id' is {image_id}, expected the id of an entry of 'images'")
-            category_id = log.field(item, "category_id", int, where, "the id of an entry of 'categories'")
-            if category_id is not None and category_id not in category_ids:
-                text = f"'category_id' is {category_id}, expected the id of an entry of 'categories'"
-                log.add("unknown category", where, text)
-            if category_id in category_ids and category_id not in labels:
-                other_categories += 1
-                continue
-            crowd = log.flag(item, "iscrowd", where)
-            keypoints, box, area = self._lists(item, crowd, where)
-            if len(log.problems) > before or image_id is None or category_id is None:
-                continue
-            self.columns.append((annotation_id, image_id, labels[category_id], crowd, "area" in item))
-            self.keypoints.append(keypoints)
-            self.boxes.append(box)
-            self.areas.append([area])
-        return other_categories
 
-    def _lists(self, item: Mapping[str, Any], crowd: bool, where: str) -> tuple[list[Any], list[Any], Any]:
-        """Return keypoints, box and area of the right length; a crowd needs no keypoints."""
-        log, count = self.log, 3 * self.num_keypoints
-        keypoints: list[Any] = [0] * count
-        if not crowd or item.get("keypoints") not in (None, []):
-            expected = f"{count} numbers, x, y, visibility of {self.num_keypoints} keypoints"
-            keypoints = log.field(item, "keypoints", list, where, expected) or []
-            if len(keypoints) != count and isinstance(item.get("keypoints"), list):
+def _read_people(
+    path: Path,
+    items: list[dict[str, Any]],
+    image_ids: set[int],
+    labels: Mapping[int, int | None],
+    num_keypoints: int,
+    log: ProblemLog,
+) -> tuple[list[_Row], int]:
+    """Return the annotations that can become rows, and the number of those of categories without keypoints.
+
+    Args:
+        labels: class label of each category's id; None for categories without keypoints.
+    """
+    rows, seen, other_categories, count = [], set(), 0, 3 * num_keypoints
+    expected = f"{count} numbers, x, y, visibility of {num_keypoints} keypoints"
+    for position, item in enumerate(items):
+        before = len(log.problems)
+        number = log.field(item, "id", int, f"{path}: annotations[{position}]", "a whole number")
+        where = f"{path}: annotation {number}"
+        if number is None:
+            continue
+        if number in seen:
+            log.add("duplicate annotation id", where, "'id' occurs twice, expected distinct ids")
+        seen.add(number)
+        image_id = log.field(item, "image_id", int, where, "the id of an entry of 'images'")
+        if image_id is not None and image_id not in image_ids:
+            log.add("unknown image", where, f"'image_id' is {image_id}, expected the id of an entry of 'images'")
+        category = log.field(item, "category_id", int, where, "the id of an entry of 'categories'")
+        if category is not None and category not in labels:
+            text = f"'category_id' is {category}, expected the id of an entry of 'categories'"
+            log.add("unknown category", where, text)
+        label = labels.get(category, -1)
+        if label is None:
+            other_categories += 1
+            continue
+        crowd, keypoints = log.flag(item, "iscrowd", where), [0] * count
+        if not crowd or item.get("keypoints") not in (None, []):  # a crowd needs no keypoints
+            keypoints = log.field(item, "keypoints", list, where, expected)
+            if keypoints is not None and len(keypoints) != count:
                 text = f"'keypoints' has {len(keypoints)} numbers, expected {expected}"
                 log.add("wrong number of keypoints", where, text)
-        box = log.field(item, "bbox", list, where, "x, y, width, height") or []
-        if len(box) != 4 and isinstance(item.get("bbox"), list):
+        box = log.field(item, "bbox", list, where, "x, y, width, height")
+        if box is not None and len(box) != 4:
             log.add("wrong 'bbox'", where, f"'bbox' has {len(box)} numbers, expected x, y, width, height")
-        return keypoints, box, log.field(item, "area", Real, where, "a number of pixels^2") if "area" in item else 0
+        has_area = "area" in item
+        area = log.field(item, "area", Real, where, "a number of pixels^2") if has_area else 0
+        if len(log.problems) == before:
+            rows.append(_Row(number, image_id, label, crowd, has_area, keypoints, box, area))
+    return rows, other_categories
 
-    def arrays(self, records: list[ImageRecord]) -> dict[str, Any]:
-        """Return the arrays of `PoseAnnotations` for the rows without a problem."""
-        columns = np.array(self.columns, dtype=np.int64).reshape(-1, 5)
-        ids, crowd, has_area = columns[:, 0], columns[:, 3].astype(bool), columns[:, 4].astype(bool)
-        keypoints, keypoints_wrong = _numbers(self.keypoints, 3 * self.num_keypoints, MAX_COORDINATE)
-        boxes, boxes_wrong = _numbers(self.boxes, 4, MAX_COORDINATE)  # x, y, width, height
-        areas, areas_wrong = _numbers(self.areas, 1, MAX_COORDINATE**2)
-        keypoints = keypoints.reshape(-1, self.num_keypoints, 3)
-        areas = np.where(has_area, areas[:, 0], AREA_OF_BOX * boxes[:, 2] * boxes[:, 3])
-        visibility = keypoints[..., 2]
-        labelled = ~crowd & (visibility > 0).any(axis=1)
 
-        flat = f"expected a flat list of finite numbers below {MAX_COORDINATE:g}"
-        check = RowCheck(
-            self.log,
-            lambda row: f"{self.path}: annotation {ids[row]}",
-            ~(keypoints_wrong | boxes_wrong | areas_wrong),
-        )
-        kind = "not finite numbers"
-        check.refuse(keypoints_wrong, kind, lambda row: f"'keypoints' is {short(self.keypoints[row])}, {flat}")
-        check.refuse(boxes_wrong, kind, lambda row: f"'bbox' is {short(self.boxes[row])}, {flat}")
-        check.visibility(visibility)
-        check.extent(boxes[:, 2:], labelled, lambda row: f"'bbox' is {short(self.boxes[row])}")
-        area_wrong = areas_wrong | (check.finite & labelled & has_area & (areas <= 0))
-        positive = "expected a positive number of pixels^2"
-        check.refuse(area_wrong, "area not positive", lambda row: f"'area' is {short(self.areas[row][0])}, {positive}")
+def _arrays(
+    path: Path, rows: list[_Row], records: list[ImageRecord], num_keypoints: int, log: ProblemLog
+) -> dict[str, Any]:
+    """Return the arrays of `PoseAnnotations` for the rows without a problem."""
+    columns = np.array([row[:5] for row in rows], dtype=np.int64).reshape(-1, 5)
+    ids, image_ids, labels = columns[:, :3].T
+    crowd, has_area = columns[:, 3:].T.astype(bool)
+    keypoints, keypoints_wrong = _numbers([row.keypoints for row in rows], 3 * num_keypoints, MAX_COORDINATE)
+    boxes, boxes_wrong = _numbers([row.box for row in rows], 4, MAX_COORDINATE)
+    areas, areas_wrong = _numbers([[row.area] for row in rows], 1, MAX_COORDINATE**2)
+    keypoints = keypoints.reshape(-1, num_keypoints, 3)
+    areas = np.where(has_area, areas[:, 0], AREA_OF_BOX * boxes[:, 2] * boxes[:, 3])
+    visibility = keypoints[..., 2]
+    labelled = ~crowd & (visibility > 0).any(axis=1)
 
-        keypoints[visibility == 0] = 0
-        boxes[:, 2:] += boxes[:, :2]
-        # Images with a problem of their own have no index: their people are left out.
-        places = {record.id: index for index, record in enumerate(records)}
-        index = np.array([places.get(image_id, -1) for image_id in columns[:, 1].tolist()], dtype=np.int64)
-        kept = ~check.wrong & (index >= 0)
-        people = np.flatnonzero(kept & labelled)
-        sides = np.array([min(record.width, record.height) for record in records])
-        people = people[sides[index[people]] > SMALLEST_SIDE] if len(people) else people
-        several = people[(visibility[people] > 0).sum(axis=1) > 1]  # one keypoint may well be there
-        self._refuse_shares("keypoints", keypoints[several, :, :2].reshape(-1, 2 * self.num_keypoints))
-        self._refuse_shares("bbox", boxes[people])
-        return {
-            "ids": ids[kept],
-            "image_index": index[kept],
-            "class_labels": columns[kept, 2],
-            "keypoints": keypoints[kept].astype(np.float32),
-            "boxes": boxes[kept].astype(np.float32),
-            "areas": areas[kept].astype(np.float32),
-            "is_crowd": crowd[kept],
-            "filled_areas": int((kept & ~has_area).sum()),
-        }
+    finite = ~(keypoints_wrong | boxes_wrong | areas_wrong)
+    check = RowCheck(log, lambda row: f"{path}: annotation {ids[row]}", finite)
+    kind, flat = "not finite numbers", f"expected a flat list of finite numbers below {MAX_COORDINATE:g}"
+    check.refuse(keypoints_wrong, kind, lambda row: f"'keypoints' is {short(rows[row].keypoints)}, {flat}")
+    check.refuse(boxes_wrong, kind, lambda row: f"'bbox' is {short(rows[row].box)}, {flat}")
+    check.visibility(visibility)
+    check.extent(boxes[:, 2:], labelled, lambda row: f"'bbox' is {short(rows[row].box)}")
+    area_wrong = areas_wrong | (finite & labelled & has_area & (areas <= 0))
+    positive = "expected a positive number of pixels^2"
+    check.refuse(area_wrong, "area not positive", lambda row: f"'area' is {short(rows[row].area)}, {positive}")
 
-    def _refuse_shares(self, key: str, values: np.ndarray) -> None:
-        """Refuse coordinates (n, ...) of n people if most of them lie in the first pixel of their image."""
-        count = int((np.abs(values) <= CORNER).all(axis=1).sum())
-        if count * 2 > len(values):
-            text = f"'{key}' of {count} of {len(values)} people is within {CORNER} pixels of the image's corner"
-            self.log.add("not pixels", str(self.path), f"{text}, expected pixels, not shares of the image's sides")
+    keypoints[visibility == 0] = 0
+    boxes[:, 2:] += boxes[:, :2]
+    # Images with a problem of their own have no index: their people are left out.
+    places = {record.id: index for index, record in enumerate(records)}
+    index = np.array([places.get(image_id, -1) for image_id in image_ids.tolist()], dtype=np.int64)
+    kept = ~check.wrong & (index >= 0)
+    sides = np.array([min(record.width, record.height) for record in records] or [0])
+    people = kept & labelled & (sides[index] > SMALLEST_SIDE)
+    several = people & ((visibility > 0).sum(axis=1) > 1)  # a single keypoint may well be in the corner
+    corners = {"keypoints": keypoints[several, :, :2].max(axis=(1, 2)), "bbox": boxes[people].max(axis=1)}
+    for key, furthest in corners.items():
+        if (count := int((furthest <= CORNER).sum())) * 2 > len(furthest):
+            text = f"'{key}' of {count} of {len(furthest)} people is within {CORNER} pixels of the image's corner"
+            log.add("not pixels", str(path), f"{text}, expected pixels, not shares of the image's sides")
+    return {
+        "ids": ids[kept],
+        "image_index": index[kept],
+        "class_labels": labels[kept],
+        "keypoints": keypoints[kept].astype(np.float32),
+        "boxes": boxes[kept].astype(np.float32),
+        "areas": areas[kept].astype(np.float32),
+        "is_crowd": crowd[kept],
+        "filled_areas": int((kept & ~has_area).sum()),
+    }
 
 
 def _numbers(rows: list[list[Any]], width: int, limit: float) -> tuple[np.ndarray, np.ndarray]:

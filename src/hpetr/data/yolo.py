@@ -93,7 +93,7 @@ def read_yolo(
     width = 5 + config.num_keypoints * config.dimensions
     with ThreadPoolExecutor() as pool:
         parts = list(pool.map(lambda image: _read_image_and_labels(image, width), paths))
-    unlabelled = [image for image, part in zip(paths, parts, strict=True) if not part.labelled]
+    unlabelled = [image for image, part in zip(paths, parts, strict=True) if not part.is_labelled]
     if len(unlabelled) == len(parts):
         expected = f"e.g. {label_file(paths[0])}"
         log.add("no labels", f"{config.path}: '{split}'", f"no image has a label file, expected {expected}")
@@ -294,52 +294,45 @@ def _images_listed(file: str) -> list[str]:
 # --- labels
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
     """The content of one image's header and of its label file."""
 
-    size: tuple[int, int] | None = None  # width, height; None: not readable
-    labelled: bool = False  # there is a label file
-    numbers: np.ndarray | None = None  # (n, 5 + K * dimensions) float64
-    lines: list[int] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    size: tuple[int, int] | None  # width, height; None: not readable
+    is_labelled: bool  # there is a label file
+    numbers: np.ndarray  # (n, 5 + K * dimensions) float64
+    lines: list[int]  # n
+    problems: list[Problem]
 
 
 def _read_image_and_labels(image: str, width: int) -> _Part:
-    part, log = _Part(), ProblemLog()
-    part.problems = log.problems
+    log, file, size = ProblemLog(), label_file(image), None
     try:
-        part.size = image_size(image)
+        size = image_size(image)
     except InputError as error:
         kind = "unreadable image" if os.path.exists(image) else "missing image"
-        part.problems.append(Problem(kind, str(error)))
-    file = label_file(image)
+        log.problems.append(Problem(kind, str(error)))
+    lines, is_labelled = [], True
     try:
         with open(file, encoding="utf-8-sig", errors="replace") as stream:
-            rows = {number: row for number, line in enumerate(stream, start=1) if (row := line.split())}
+            lines = stream.readlines()
     except FileNotFoundError:
-        return part
+        is_labelled = False
     except OSError as error:
         log.add("unreadable labels", file, f"cannot be read ({error.strerror})")
-        return part
-    part.labelled = True
-    try:
-        part.numbers, part.lines = np.array([*rows.values()], dtype=np.float64).reshape(len(rows), width), [*rows]
-        return part
-    except ValueError:  # the file is no table of numbers: line by line
-        kept = {}
-    for number, row in rows.items():
+    rows: dict[int, list[float]] = {}
+    for number, row in enumerate(map(str.split, lines), start=1):
         where = f"{file}: line {number}"
-        if len(row) != width:
+        if row and len(row) != width:
             text = f"{len(row)} numbers, expected {width}: class cx cy w h and the keypoints of kpt_shape"
             log.add("wrong number of values", where, text)
-            continue
-        try:
-            kept[number] = [float(value) for value in row]
-        except ValueError:
-            log.add("not finite numbers", where, f"{short(' '.join(row))}, expected numbers")
-    part.numbers, part.lines = np.array([*kept.values()], dtype=np.float64).reshape(-1, width), [*kept]
-    return part
+        elif row:
+            try:
+                rows[number] = [float(value) for value in row]
+            except ValueError:
+                log.add("not finite numbers", where, f"{short(' '.join(row))}, expected numbers")
+    numbers = np.array([*rows.values()], dtype=np.float64).reshape(-1, width)
+    return _Part(size, is_labelled, numbers, [*rows], log.problems)
 
 
 def _rows_to_arrays(
@@ -347,14 +340,13 @@ def _rows_to_arrays(
 ) -> dict[str, Any]:
     """Return the arrays of `YoloAnnotations`, of labels without a problem."""
     count, dimensions = config.num_keypoints, config.dimensions
-    tables = [np.zeros((0, 5 + count * dimensions)) if part.numbers is None else part.numbers for part in parts]
-    numbers = np.concatenate([*tables, np.zeros((0, 5 + count * dimensions))])  # (A, 5 + K * dimensions)
+    numbers = np.concatenate([*(part.numbers for part in parts), np.zeros((0, 5 + count * dimensions))])
     lines = np.array([line for part in parts for line in part.lines], dtype=np.int64)
-    image_index = np.repeat(np.arange(len(parts)), np.array([len(table) for table in tables], dtype=np.int64))
+    image_index = np.repeat(np.arange(len(parts)), np.array([len(part.lines) for part in parts], dtype=np.int64))
     boxes = numbers[:, 1:5]
     points = numbers[:, 5:].reshape(-1, count, dimensions)
-    visibility: np.ndarray = points[..., 2] if dimensions == 3 else 2.0 * (points != 0).any(axis=2)
-    labelled = (visibility > 0).any(axis=1)
+    visibility = points[..., 2] if dimensions == 3 else np.where((points != 0).any(axis=2), 2.0, 0.0)
+    labelled = np.any(visibility > 0, axis=1)
 
     def place(row: int) -> str:
         return f"{label_file(images[records[image_index[row]].id - 1])}: line {lines[row]}"
