@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForKeypointDet
 from typer.testing import CliRunner
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, InputError, PosePredictor, Skeleton
-from hpetr.checkpoints.card import MARK, Evaluation, model_card
+from hpetr.checkpoints.card import MARK, Evaluation, model_card, write_card
 from hpetr.checkpoints.folder import load_checkpoint, save_checkpoint
+from hpetr.checkpoints.hub import push_to_hub
 from hpetr.cli.main import app
 from hpetr.poses.skeleton import COCO
 from hpetr.training.train import train
@@ -27,19 +28,20 @@ from training_runs import TINY, small_recipe
 FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
 
 
-def test_card_tells_what_the_model_is(tmp_path: Path) -> None:
+def test_card_describes_the_model(tmp_path: Path) -> None:
     skeleton = dataclasses.replace(COCO, names=(*COCO.names[:16], "odd | name"))
     model = tiny_model(skeleton=skeleton.to_dict())
-    model.save_pretrained(tmp_path / "my-model", evaluation=Evaluation("a/b.json", 12, {"AP": 0.25, "APM": -1.0}))
+    metrics = Evaluation("a/b.json", 12, {"AP": 0.25, "APM": -1.0})
+    save_checkpoint(model, HPetrImageProcessor(), tmp_path / "my-model", evaluation=metrics, tags=["mine"])
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
         "apache-2.0",
         "hpetr",
         "keypoint-detection",
     )
-    assert {"hpetr", "pose-estimation", "H-PETR"} <= set(card.data.tags)
-    (figure,) = card.data.eval_results
-    assert (figure.metric_type, figure.metric_value, figure.dataset_name) == ("AP", 0.25, "a/b.json")
+    assert {"hpetr", "pose-estimation", "H-PETR", "mine"} <= set(card.data.tags)
+    (metric,) = card.data.eval_results
+    assert (metric.metric_type, metric.metric_value, metric.dataset_name) == ("AP", 0.25, "a/b.json")
     assert "# my-model\n" in card.text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
     assert "Of 12 images of a/b.json" in card.text
@@ -50,7 +52,7 @@ def test_card_tells_what_the_model_is(tmp_path: Path) -> None:
     assert 'PosePredictor("my-model")' in card.text
 
 
-def test_card_without_figures_says_so() -> None:
+def test_card_without_metrics_says_so() -> None:
     text = model_card(HPetrConfig.preset("petr-r50"), "me/petr")
     assert "None known" in text
     assert "model-index" not in text
@@ -59,16 +61,20 @@ def test_card_without_figures_says_so() -> None:
 
 
 def test_own_card_stays_and_ours_is_renewed(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path, evaluation=Evaluation("x.json", 1, {"AP": 0.5}))
-    model.save_pretrained(tmp_path)
-    assert "None known" in (tmp_path / "README.md").read_text(), "figures of other weights were left"
-    (tmp_path / "README.md").write_text("mine")
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    model, folder = tiny_model(), tmp_path / "folder"
+    save_checkpoint(model, HPetrImageProcessor(), folder, evaluation=Evaluation("x.json", 1, {"AP": 0.5}))
+    card = (folder / "README.md").read_text()
+    assert "| 0.5000 |" in card
+    write_card(folder, model_card(model.config, "folder"))
+    assert "None known" in (folder / "README.md").read_text(), "metrics of other weights were left"
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="was not written by hpetr and is kept"):
+        write_card(folder, card)
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
 
 
-def test_training_writes_its_figures_into_the_card(tmp_path: Path) -> None:
+def test_training_writes_its_metrics_into_the_card(tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
     recipe = small_recipe(output, f"data.val.annotations={TINY}", "data.val.limit=2", "train.epochs=0.5")
@@ -82,7 +88,7 @@ def test_training_writes_its_figures_into_the_card(tmp_path: Path) -> None:
         assert str(tmp_path) not in text
 
 
-def test_eval_writes_its_figures_into_the_card(checkpoint: Path, tmp_path: Path) -> None:
+def test_eval_writes_its_metrics_into_the_card(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     save_checkpoint(*load_checkpoint(checkpoint, "cpu"), folder)
     weights = (folder / "model.safetensors").read_bytes()
@@ -124,11 +130,10 @@ def test_push_sends_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
         files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setenv("HF_TOKEN", "hf_stub")
-        model.push_to_hub("me/pushed", commit_message="First", tags=["mine"])
-        processor.push_to_hub("me/pushed")
-        model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/pushed")
+        push_to_hub(model, processor, "me/pushed", commit_message="First", tags=["mine"])
+        push_to_hub(model, processor, "me/pushed")
         arrived = hub.files["me/pushed"]
-        assert hub.commits == ["First", "Upload processor", "Upload model"]
+        assert hub.commits == ["First", "Upload model"]
     assert sorted(arrived) == FILES
     folder = tmp_path / "arrived"
     folder.mkdir()

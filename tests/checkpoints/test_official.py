@@ -56,7 +56,7 @@ def test_checkpoint_of_another_model(state) -> None:
 
 def test_missing_and_leftover_tensors(state) -> None:
     less = {name: tensor for name, tensor in state.items() if name != "bbox_head.fc_hm.weight"}
-    with pytest.raises(InputError, match="'heatmap_head.weight' is missing"):
+    with pytest.raises(InputError, match="'bbox_head.fc_hm.weight' is missing"):
         load_official(less, "petr-r50")
     with pytest.raises(InputError, match="unexpected tensor 'optimizer'"):
         load_official({**state, "optimizer": torch.zeros(1)}, "petr-r50")

@@ -48,7 +48,8 @@ def test_own_names_tell_the_model(preset: str) -> None:
 
 def test_other_models_are_named_with_what_does_not_fit() -> None:
     heatmap = {"bbox_head.fc_hm.bias": (14,), "bbox_head.fc_hm.weight": (14, 256)}
-    with pytest.raises(InputError, match=r"nearest, h-petr-r50, 2 tensors do not fit.*\(14, 256\), expected \(17, 256\)"):
+    misfit = r"nearest, h-petr-r50, 2 tensors do not fit.*\(14, 256\), expected \(17, 256\)"
+    with pytest.raises(InputError, match=misfit):
         identify(official_shapes("h-petr-r50") | heatmap, "x.pth")
     more = official_shapes("petr-r50") | {"head.bias": (3,)}
     with pytest.raises(InputError, match=r"x.pth: .* unexpected tensor 'head.bias'"):

@@ -1,58 +1,98 @@
-"""Checkpoint folders: finding one, and loading it whole or saying in one line what is wrong with it."""
+"""Checkpoint folders: find one, load it or say in one line what is wrong with it, and write one."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hpetr.checkpoints.hub import download, is_hub_place
-from hpetr.errors import InputError
+from hpetr.checkpoints.card import Evaluation, model_card, write_card
+from hpetr.errors import InputError, first_line
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 
-if TYPE_CHECKING:
-    import os
-
-    from hpetr.checkpoints.card import Evaluation
-
+Model = TypeVar("Model", bound=PreTrainedModel)
 BUNDLED = "h-petr-nano"
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-HUB_FILES = (CONFIG, PROCESSOR, "model*.safetensors", f"{WEIGHTS}.index.json")
+INDEX = f"{WEIGHTS}.index.json"
+HUB_FILES = (CONFIG, PROCESSOR, "model*.safetensors", INDEX)
+# In front of OWNER/NAME or OWNER/NAME@REVISION. Without it a misspelt folder would be looked for on the network.
+SCHEME = "hf://"
+# Problems of tensors.
+MISSING, EXTRA, WRONG = "is missing", "belongs to no module", "has another shape"
+
+
+@contextmanager
+def one_line(before: str, after: str = "") -> Iterator[None]:
+    """Raise every other exception as an InputError with the first line of its message.
+
+    For calls of libraries that check their input in many ways, each with its own kind of exception.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{before}{first_line(error)}{after}") from error
+
+
+def is_hub_place(place: object) -> bool:
+    """Return whether a checkpoint's name asks for the hub."""
+    return isinstance(place, str) and place.startswith(SCHEME)
+
+
+def download(place: str, patterns: Sequence[str] = HUB_FILES) -> Path:
+    """Return the local folder of a hub repository, filled from the hub or its cache.
+
+    Args:
+        place: `OWNER/NAME` or `OWNER/NAME@REVISION`, with `SCHEME` in front or without.
+        patterns: of the files' names.
+
+    Raises:
+        InputError: no such repository, or no network and nothing in the cache.
+    """
+    repository, _, revision = place.removeprefix(SCHEME).partition("@")
+    hint = f"`hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir FOLDER` elsewhere"
+    with one_line("the Hugging Face hub gave nothing (", f"); without network, run {hint}"):
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
 
 
 def bundled_checkpoint() -> Path:
-    """The folder of the checkpoint that comes with the package."""
-    return Path(str(files("hpetr"))) / "weights" / BUNDLED
+    """Return the folder of the checkpoint that comes with the package."""
+    return Path(str(resources.files("hpetr"))) / "weights" / BUNDLED
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
-    """The folder meant: the one given, the bundled one for None and for its name, or of `hf://OWNER/NAME`, with
-    `@REVISION` or without, the hub's cache, filled from the hub where it has to be.
+    """Return the local folder of a checkpoint.
+
+    Args:
+        checkpoint: a folder, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; None or its name for the bundled one.
 
     Raises:
         InputError: there is no such folder, or the hub gives none.
     """
     if is_hub_place(checkpoint):
         try:
-            return download(str(checkpoint), HUB_FILES)
+            return download(str(checkpoint))
         except InputError as error:
             raise InputError(f"{checkpoint}: {error}") from error
     if checkpoint is None or (str(checkpoint) == BUNDLED and not Path(BUNDLED).exists()):
-        folder = bundled_checkpoint()
-    else:
-        folder = Path(checkpoint)
+        checkpoint = bundled_checkpoint()
+    folder = Path(checkpoint)
     if folder.is_dir():
         return folder
     found = "is a file" if folder.exists() else "no such folder"
@@ -61,27 +101,27 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first CUDA GPU where there is one, else the CPU.
+    """Return a device; "auto" is the first CUDA GPU if there is one, else the CPU.
 
     Raises:
         InputError: no such device here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!s}: not available here ({str(error).splitlines()[0]})") from error
-    return chosen
+    with one_line(f"device {device!s}: not available here (", ")"):
+        return torch.empty(1, device=device).device
 
 
 def load_checkpoint(
     checkpoint: str | os.PathLike[str] | None, device: str | torch.device = "auto"
 ) -> tuple[HPetrForPoseEstimation, HPetrImageProcessor]:
-    """Model, in eval mode on the device, and processor of a folder that `save_pretrained` wrote.
+    """Load the model of a checkpoint, in eval mode on the device, and its processor.
 
     Only safetensors are read: a pickled weight file can run code, and is refused unopened.
+
+    Args:
+        checkpoint: see `resolve_checkpoint`.
+        device: see `resolve_device`.
 
     Raises:
         InputError: the folder is missing, incomplete, of another model type, or its weights are truncated or do not
@@ -90,40 +130,53 @@ def load_checkpoint(
     folder = resolve_checkpoint(checkpoint)
     chosen = resolve_device(device)
     config = load_config(folder)
-    _check_files(folder)
+    files = weight_files(folder)
     processor = load_processor(folder)
-    return _load_model(folder, config).eval().to(chosen), processor
+    with one_line(f"{folder / WEIGHTS}: cannot be read, truncated? (", ")"):
+        _check_size(folder, config, files)
+        model, misfits = read_weights(HPetrForPoseEstimation, folder, config)
+    _refuse(folder, misfits)
+    _check_finite(folder, model)
+    return model.eval().to(chosen), processor
 
 
 def load_config(folder: Path) -> HPetrConfig:
-    """The folder's configuration.
+    """Load the folder's configuration.
 
     Raises:
         InputError: it is missing, not JSON, of another model type, or not valid.
     """
+    return config_from(read_config(folder, HPetrConfig.model_type), str(folder / CONFIG))
+
+
+def read_config(folder: Path, model_type: str) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        InputError: it is missing, not JSON, or of another model type.
+    """
     path = folder / CONFIG
-    try:
+    if not path.is_file():
+        raise InputError(f"{folder}: has no {CONFIG}, expected a checkpoint folder of {model_type}")
+    with one_line(f"{path}: cannot be read as JSON (", ")"):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: has no {CONFIG}, expected a checkpoint folder of hpetr") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from error
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type != HPetrConfig.model_type:
-        raise InputError(f"{path}: model_type is {model_type!r}, expected {HPetrConfig.model_type!r}")
-    return config_from(values, str(path))
+    found = values.get("model_type") if isinstance(values, dict) else None
+    if found != model_type:
+        hint = "; a checkpoint of hpetr belongs in model.weights" if found == HPetrConfig.model_type else ""
+        raise InputError(f"{path}: model_type is {found!r}, expected {model_type!r}{hint}")
+    return values
 
 
 def config_from(values: dict[str, Any], where: str) -> HPetrConfig:
-    """A configuration from its dict; InputError, which begins with `where`, when a value is not valid."""
+    """Return the configuration of a dict; an InputError about its values begins with `where`."""
     try:
         return HPetrConfig.from_dict(values)
-    except Exception as error:  # transformers reads keys of its own, each in its way
-        raise InputError(f"{where}: {_first_line(error)}") from error
+    except Exception as error:  # transformers checks keys of its own, each in its way
+        raise InputError(f"{where}: {first_line(error)}") from error
 
 
 def load_processor(folder: Path) -> HPetrImageProcessor:
-    """The folder's image processor.
+    """Load the folder's image processor.
 
     Raises:
         InputError: it is missing or not valid.
@@ -132,89 +185,84 @@ def load_processor(folder: Path) -> HPetrImageProcessor:
         raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside {CONFIG} (processor.save_pretrained)")
     try:
         return HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers reads keys of its own, each in its way
-        raise InputError(f"{folder / PROCESSOR}: {_first_line(error)}") from error
+    except Exception as error:  # transformers checks keys of its own, each in its way
+        raise InputError(f"{folder / PROCESSOR}: {first_line(error)}") from error
 
 
-def _check_files(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-        hint = f"; {pickled[0]} is pickled and never loaded" if pickled else ""
-        raise InputError(f"{folder}: has no {WEIGHTS}{hint}")
-
-
-def build_shapes(config: HPetrConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors, without any memory for them.
+def build_on_meta(config: HPetrConfig) -> HPetrForPoseEstimation:
+    """Build a model whose tensors have names and shapes but no memory.
 
     Raises:
         InputError: no model can be built of this configuration.
     """
     try:
         with torch.device("meta"):
-            return {name: tuple(t.shape) for name, t in HPetrForPoseEstimation(config).state_dict().items()}
-    except Exception as error:  # modules check what they are made of, each in its way
-        raise InputError(f"config: no model can be built of it ({_first_line(error)})") from error
+            return HPetrForPoseEstimation(config)
+    except Exception as error:  # modules check their arguments, each in its way
+        raise InputError(f"config: no model can be built of it ({first_line(error)})") from error
 
 
-def _check_size(folder: Path, config: HPetrConfig) -> None:
+def weight_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors file, or the files that its index names.
+
+    Raises:
+        InputError: there is none, or the index is not valid.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        hint = f"; {pickled[0]} is pickled and never loaded" if pickled else ""
+        raise InputError(f"{folder}: has no {WEIGHTS}{hint}")
+    with one_line(f"{folder / INDEX}: cannot be read (", ")"):
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / Path(name).name for name in names]
+    if not files or not all(path.is_file() for path in files):
+        raise InputError(f"{folder / INDEX}: expected names of files in the folder")
+    return files
+
+
+def read_weights(kind: type[Model], folder: Path, config: PreTrainedConfig) -> tuple[Model, dict[str, list[str]]]:
+    """Load a model from a folder's safetensors, in float32; transformers' exceptions are not translated.
+
+    Returns:
+        The model, and by problem the names of tensors that do not fit. Those that the model lacks are random.
+    """
+    with quiet_transformers():
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,  # the file may be float16 to be small; a CPU computes in float32
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    model, report = loaded
+    wrong = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    return model, {MISSING: sorted(report["missing_keys"]), EXTRA: sorted(report["unexpected_keys"]), WRONG: wrong}
+
+
+def _check_size(folder: Path, config: HPetrConfig, files: Sequence[Path]) -> None:
     """Refuse weights that are less than the configuration asks for, before there is memory for what it asks."""
     try:
-        expected = build_shapes(config)
+        expected = {name: list(tensor.shape) for name, tensor in build_on_meta(config).state_dict().items()}
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
     stored: dict[str, list[int]] = {}
-    for file in _weight_files(folder):
+    for file in files:
         with safe_open(file, framework="pt") as content:
             stored |= {name: content.get_slice(name).get_shape() for name in content.keys()}
     if sum(map(math.prod, expected.values())) > sum(map(math.prod, stored.values())):
-        missing = expected.keys() - stored.keys()
-        wrong = missing or {name for name in expected if list(expected[name]) != list(stored[name])}
-        raise InputError(_misfit(folder, "is missing" if missing else "has another shape", wrong))
+        wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
+        _refuse(folder, {MISSING: expected.keys() - stored.keys(), WRONG: wrong})
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The file of the weights, or those that its index names, which are all in the folder."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))
-    names = sorted(set(index["weight_map"].values()))
-    if not names or any(Path(name).name != name or not (folder / name).is_file() for name in names):
-        raise ValueError(f"{WEIGHTS}.index.json names files that are not in the folder")
-    return [folder / name for name in names]
-
-
-def _misfit(folder: Path, problem: str, names: Collection[str]) -> str:
-    return f"{folder / WEIGHTS}: tensor {min(names)!r} {problem} ({len(names)} such), expected the weights of {CONFIG}"
-
-
-def _load_model(folder: Path, config: HPetrConfig) -> HPetrForPoseEstimation:
-    try:
-        _check_size(folder, config)
-        with quiet_transformers():
-            # Tensors that are missing or of another shape are filled with random numbers; the report tells which.
-            loaded: Any = HPetrForPoseEstimation.from_pretrained(
-                folder,
-                config=config,
-                use_safetensors=True,
-                dtype=torch.float32,  # the file may be float16 to be small; a CPU computes in float32
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except InputError:
-        raise
-    except Exception as error:  # safetensors, torch and transformers: a file may hold anything
-        raise InputError(f"{folder / WEIGHTS}: cannot be read, truncated? ({_first_line(error)})") from error
-    model, report = loaded
-    for problem, keys in (
-        ("is missing", report["missing_keys"]),
-        ("belongs to no module", report["unexpected_keys"]),
-        ("has another shape", [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]),
-    ):
-        if keys:
-            raise InputError(_misfit(folder, problem, keys))
-    _check_finite(folder, model)
-    return model
+def _refuse(folder: Path, misfits: Mapping[str, Collection[str]]) -> None:
+    for problem, names in misfits.items():
+        if names:
+            found = f"tensor {min(names)!r} {problem} ({len(names)} such)"
+            raise InputError(f"{folder / WEIGHTS}: {found}, expected the weights of {CONFIG}")
 
 
 def _check_finite(folder: Path, model: HPetrForPoseEstimation) -> None:
@@ -227,7 +275,7 @@ def _check_finite(folder: Path, model: HPetrForPoseEstimation) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no reports in the log; what is wrong becomes an error instead."""
+    """Switch off transformers' progress bars and reports."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -239,10 +287,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def save_checkpoint(
     model: HPetrForPoseEstimation,
     processor: HPetrImageProcessor,
@@ -251,42 +295,46 @@ def save_checkpoint(
     half: bool = False,
     evaluation: Evaluation | None = None,
     name: str | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
-    """Write model and processor as a new checkpoint folder, which appears whole or not at all.
+    """Write model, processor and model card as a new checkpoint folder, which appears whole or not at all.
 
     Args:
+        model: on any device.
+        processor: of its images.
+        folder: does not exist yet, or is empty.
         half: store matrices and convolutions as float16. Vectors stay float32: running variances can pass
             65,504. `load_checkpoint` and `from_pretrained` give a float32 model all the same.
-        evaluation: figures of these weights for the model card.
-        name: of the model in its card; None takes the folder's.
+        evaluation: metrics of these weights for the card.
+        name: the model's name in the card; None takes the folder's.
+        tags: further tags of the card's metadata.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already, expected a new or empty folder")
+    state = model.state_dict()
+    if half:
+        state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
+    card = model_card(model.config, name or folder.resolve().name, model.num_parameters(), evaluation, tags)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             unfinished = Path(temporary) / folder.name
             with quiet_transformers():
-                state = model.state_dict()
-                if half:
-                    state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
-                model.save_pretrained(unfinished, state_dict=state, evaluation=evaluation, name=name)
+                model.save_pretrained(unfinished, state_dict=state)
             processor.save_pretrained(unfinished)
+            write_card(unfinished, card)
             open_as_others(unfinished)
             if folder.exists():
                 folder.rmdir()
             unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise InputError(f"{folder}: cannot be written ({reason})") from error
+        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from error
 
 
 def open_as_others(folder: Path) -> None:
-    """Give a folder's weights the permissions of its other files; safetensors lets only the owner read them, whom a
-    server or a colleague may not be.
-    """
+    """Give a folder's weights the permissions of its other files; safetensors lets their owner alone read them."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / CONFIG, path)

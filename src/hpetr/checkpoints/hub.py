@@ -1,78 +1,56 @@
-"""The Hugging Face hub: nothing here is asked for unless a user names a repository."""
+"""Push a checkpoint to the Hugging Face hub."""
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from hpetr.errors import InputError
+from huggingface_hub import CommitInfo, HfApi
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
-# A checkpoint's place on the hub, hf://OWNER/NAME or hf://OWNER/NAME@REVISION. Without the scheme a misspelt folder
-# would be looked for on the network.
-SCHEME = "hf://"
-CARD = "README.md"
+from hpetr.checkpoints.card import CARD, Evaluation
+from hpetr.checkpoints.folder import save_checkpoint
+from hpetr.model.hpetr import HPetrForPoseEstimation
+from hpetr.model.image_processor import HPetrImageProcessor
 
 
-def is_hub_place(place: object) -> bool:
-    """Whether a checkpoint's name asks for the hub."""
-    return isinstance(place, str) and place.startswith(SCHEME)
-
-
-def download(place: str, patterns: Sequence[str]) -> Path:
-    """The local folder of a hub repository's files, from the hub or its cache.
-
-    Args:
-        place: `OWNER/NAME` or `OWNER/NAME@REVISION`, with `SCHEME` in front or without.
-        patterns: only files of these names.
-
-    Raises:
-        InputError: no such repository, or no network and nothing in the cache.
-    """
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = place.removeprefix(SCHEME).partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client passes on the errors of several libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        option = f" --revision {revision}" if revision else ""
-        raise InputError(
-            f"the Hugging Face hub gave nothing ({reason}); without network, run "
-            f"`hf download {repository}{option} --local-dir FOLDER` elsewhere"
-        ) from error
-
-
-def upload(
-    folder: str | os.PathLike[str],
-    repository: str,
+def push_to_hub(
+    model: HPetrForPoseEstimation,
+    processor: HPetrImageProcessor,
+    repo_id: str,
     *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
+    evaluation: Evaluation | None = None,
+    tags: Sequence[str] = (),
+    commit_message: str = "Upload model",
     private: bool | None = None,
     token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    **options: Any,
 ) -> CommitInfo:
-    """Push all files of a folder in one commit; the repository is made where there is none.
+    """Upload a checkpoint in one commit; the repository is created if there is none.
 
     A model card that the repository has already is kept.
-    """
-    from huggingface_hub import HfApi
 
+    Args:
+        model: on any device.
+        processor: of its images.
+        repo_id: `OWNER/NAME`.
+        evaluation: metrics of these weights for the model card.
+        tags: further tags of the card's metadata.
+        commit_message: the commit's first line.
+        private: whether a new repository is private; None takes the owner's default.
+        token: of the hub; None takes that of `hf auth login`.
+        options: `commit_description`, `revision`, `create_pr` of `HfApi.upload_folder`.
+    """
     api = HfApi(token=token)
-    name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    kept = [CARD] if api.file_exists(name, CARD) else []
-    return api.upload_folder(
-        repo_id=name,
-        folder_path=Path(folder),
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=kept,
-    )
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
+        save_checkpoint(model, processor, folder, evaluation=evaluation, name=name, tags=tags)
+        return api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message=commit_message,
+            ignore_patterns=[CARD] if api.file_exists(name, CARD) else [],
+            **options,
+        )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hpetr.errors import InputError
 from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, keep_ratio_size, normalize_and_pad, resize_image
 from hpetr.images.read import ImageSource, load_image
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 # A square batch of one image takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
@@ -114,19 +110,6 @@ class HPetrImageProcessor(BaseImageProcessor):
         unfinished = path.with_name(path.name + ".tmp")
         unfinished.write_text(self.to_json_string(), encoding="utf-8")
         unfinished.replace(path)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Upload preprocessor_config.json to the Hugging Face hub, without a card: that is the model's.
-
-        Args:
-            repo_id: `OWNER/NAME`, the model's.
-            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
-        """
-        from hpetr.checkpoints.hub import upload
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(folder, repo_id, **{"commit_message": "Upload processor", **options})
 
     def preprocess(
         self,
