@@ -32,15 +32,15 @@ class Neck(nn.Module):
     map stays weak.
     """
 
-    def __init__(self, channels: list[int], d_model: int, num_levels: int, norm: str):
+    def __init__(self, channels: list[int], d_model: int, num_levels: int, norm: str, *, bias: bool):
         super().__init__()
         extra = max(num_levels - len(channels), 0)
         sources = channels[:num_levels] + [channels[-1] if i == 0 else d_model for i in range(extra)]
         self.num_backbone_levels = num_levels - extra
         self.convs = nn.ModuleList(
-            nn.Conv2d(source, d_model, 1, bias=norm == "token")
+            nn.Conv2d(source, d_model, 1, bias=bias)
             if level < self.num_backbone_levels
-            else nn.Conv2d(source, d_model, 3, stride=2, padding=1, bias=norm == "token")
+            else nn.Conv2d(source, d_model, 3, stride=2, padding=1, bias=bias)
             for level, source in enumerate(sources)
         )
         self.norms = nn.ModuleList(
@@ -118,7 +118,8 @@ class FeatureExtractor(nn.Module):
             )
         self.prior = PosePrior(config, sources[0]) if sources else None
         self.prior_settings = NanoSettings(**config.nano)
-        self.neck = Neck(channels, config.d_model, config.num_feature_levels, config.neck_norm)
+        bias = config.neck_bias or config.neck_norm == "token"
+        self.neck = Neck(channels, config.d_model, config.num_feature_levels, config.neck_norm, bias=bias)
         self.freeze_batch_norm = config.freeze_batch_norm
         if config.backbone_config.model_type == "resnet" and config.num_frozen_stages > 0:
             frozen = [self.body.embedder, *self.body.encoder.stages[: config.num_frozen_stages]]
@@ -127,6 +128,10 @@ class FeatureExtractor(nn.Module):
         if self.freeze_batch_norm:
             for norm in self.batch_norms():
                 norm.requires_grad_(False)
+                if config.batch_norm_buffers:
+                    for name, parameter in list(norm.named_parameters()):
+                        delattr(norm, name)
+                        norm.register_buffer(name, parameter.data)
             fold_batch_norms(self.body)
 
     def batch_norms(self) -> list[nn.BatchNorm2d]:

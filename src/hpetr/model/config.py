@@ -96,6 +96,7 @@ class HPetrConfig(PreTrainedConfig):
     Args:
         backbone_config: configuration of any transformers backbone (dict with `model_type`, or a config object).
         freeze_batch_norm: keep every BatchNorm of the backbone in eval mode with frozen affine parameters.
+        batch_norm_buffers: count the affine parameters of frozen BatchNorms as buffers, as Group Pose does.
         num_frozen_stages: of a ResNet: freeze the stem and this many stages; 0 freezes nothing.
         num_keypoints: K, keypoints of one pose.
         skeleton: `Skeleton.to_dict()`; None takes COCO's for K = 17 and a generic one otherwise.
@@ -109,10 +110,15 @@ class HPetrConfig(PreTrainedConfig):
             loss is then that of its heatmaps.
         neck_norm: "group" as published, over whole maps; "token", a LayerNorm of each cell, which depends neither on
             other cells nor on the padding.
+        neck_bias: give the neck's convolutions a bias; with neck_norm = "token" they always have one.
+        position_temperature: of the encoder's sine position encoding.
+        position_offset: 0.5 encodes the cells' centers, as PETR; 0 their far edges, as Group Pose.
         encoder_layers: number of encoder layers.
         encoder_first_level: the encoder refines this level and coarser ones. It only reads finer levels, which have
             most tokens; RT-DETR (Zhao et al. 2024) spares them likewise.
         encoder_ffn_dim: hidden width of the encoder's FFNs; likewise `decoder_ffn_dim` and `joint_decoder_ffn_dim`.
+        decoder: "pose" as PETR, one query for each pose (`PoseDecoder`); "group" as Group Pose, K + 1 queries for each
+            pose (`GroupDecoder`).
         decoder_layers: number of pose-decoder layers; `joint_decoder_layers` likewise.
         keypoint_head_dim: hidden width of the keypoint MLPs of proposals and pose decoder.
         queries: "learned" as published, one content and position for each rank; "proposals": the content comes from the
@@ -126,7 +132,9 @@ class HPetrConfig(PreTrainedConfig):
         num_one_to_many_queries: further queries of hybrid matching, in training only.
         one_to_many_k: how often each person is repeated for them.
         proposal_k: how often each person is matched to proposals.
-        num_poses: T, maximum number of poses that the joint decoder refines at inference.
+        num_poses: T, maximum number of poses of an image at inference.
+        leading_columns: class columns before the first class, which are trained as background and never reported. Group
+            Pose's heads have one: their columns are COCO's category numbers.
         keypoint_scores: predict the probability that a keypoint is within the distance where its keypoint similarity is
             one half. The published models do not.
         dropout: of FFNs and self-attention.
@@ -137,12 +145,17 @@ class HPetrConfig(PreTrainedConfig):
             the largest gradient, do not outweigh people whose keypoints are nearly right.
         class_target: target of the matched queries. "one" as published; "oks", the OKS of their poses: a score then
             says how good a pose is.
+        oks_space: coordinates of the OKS in cost and loss. "pixels" as PETR; "normalized" as Group Pose, where an image
+            that is not square weighs the axes differently.
+        divisor: of the losses. "keypoints" as PETR: matched queries, and for L1 twice their labelled keypoints;
+            "persons" as Group Pose: all persons of the batch, and L1 is a sum over keypoints, also in the cost.
     """
 
     model_type = "hpetr"
 
     backbone_config: Any = None  # None, a dict, or after __post_init__ always a PreTrainedConfig
     freeze_batch_norm: bool = True
+    batch_norm_buffers: bool = False
     num_frozen_stages: LayersOrZero = 1
     num_keypoints: Size = 17
     skeleton: Any = None  # after __post_init__ always Skeleton.to_dict()
@@ -152,12 +165,16 @@ class HPetrConfig(PreTrainedConfig):
     num_points: Size = 4
     pose_prior: LayersOrZero = 0
     neck_norm: Literal["group", "token"] = "group"
+    neck_bias: bool = False
+    position_temperature: Weight = 10_000.0
+    position_offset: Share = 0.5
     encoder_layers: Layers = 6
     encoder_first_level: LayersOrZero = 0
     encoder_ffn_dim: Size = 1024
+    decoder: Literal["pose", "group"] = "pose"
     decoder_layers: Layers = 3
     decoder_ffn_dim: Size = 1024
-    joint_decoder_layers: Layers = 2
+    joint_decoder_layers: LayersOrZero = 2
     joint_decoder_ffn_dim: Size = 1024
     keypoint_head_dim: Size = 512
     queries: Literal["learned", "proposals"] = "learned"
@@ -168,6 +185,7 @@ class HPetrConfig(PreTrainedConfig):
     one_to_many_k: Size = 5
     proposal_k: Size = 1
     num_poses: Size = 100
+    leading_columns: SizeOrZero = 0
     keypoint_scores: bool = False
     dropout: Share = 0.1
     deformable_dropout: Share = 0.1
@@ -179,6 +197,8 @@ class HPetrConfig(PreTrainedConfig):
     loss_oks: Weight = 2.0
     oks_loss: Literal["log", "linear"] = "log"
     class_target: Literal["one", "oks"] = "one"
+    oks_space: Literal["pixels", "normalized"] = "pixels"
+    divisor: Literal["keypoints", "persons"] = "keypoints"
     loss_heatmap: Weight = 4.0
     loss_joint_l1: Weight = 80.0
     loss_joint_oks: Weight = 3.0
@@ -204,6 +224,16 @@ class HPetrConfig(PreTrainedConfig):
                 raise InputError(
                     f"config: {name} = {getattr(self, name)} with num_feature_levels = {self.num_feature_levels}"
                 )
+        if self.decoder == "group" and (self.steps, self.queries) != ("logit", "learned"):
+            raise InputError(
+                f"config: decoder = 'group' with steps = {self.steps!r} and queries = {self.queries!r}, expected "
+                "'logit' and 'learned'"
+            )
+        if (self.decoder == "group") != (self.joint_decoder_layers == 0):
+            raise InputError(
+                f"config: joint_decoder_layers = {self.joint_decoder_layers} with decoder = {self.decoder!r}, expected "
+                "0 with 'group' and at least 1 with 'pose'"
+            )
         if self.pose_prior and (self.steps, self.queries) != ("size", "proposals"):
             raise InputError(
                 f"config: pose_prior with steps = {self.steps!r} and queries = {self.queries!r}, expected 'size' and "

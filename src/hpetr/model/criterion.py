@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,15 +13,19 @@ from hpetr.model.groups import QueryGroup
 from hpetr.model.host import to_device
 from hpetr.model.losses import (
     Matching,
+    count_from_first_group,
     decoder_losses,
     finish_matching,
     heatmap_loss,
     joint_losses,
+    layer_costs,
     match_counts,
+    matches_on,
+    person_counts,
     proposal_losses,
     start_matching,
 )
-from hpetr.model.matching import Targets
+from hpetr.model.matching import PendingAssignments, Targets
 from hpetr.model.proposals import Predictions, Proposals
 from hpetr.model.stages import ASSIGNMENT, COSTS, HEATMAP, stage
 
@@ -77,10 +82,46 @@ class Criterion:
         poses, scores = refine(matched_poses(layers.keypoints[-1].detach(), matching))
         return (
             proposal_losses(proposals, every.keypoints, matching.proposals, targets, config, sigmas, counts[0])
-            | decoder_losses(layers, sizes, matching.layers, targets, config, sigmas, counts[1])
+            | decoder_losses(layers, sizes, matching.layers, targets, config, sigmas, counts[1], layer_names(layers))
             | terms
             | joint_losses(poses, scores, matching.joint, targets, config, sigmas, counts[2])
         )
+
+
+class GroupCriterion(Criterion):
+    """The loss terms of Group Pose: selected proposals learn like a decoder layer, and persons divide everything."""
+
+    def __call__(
+        self,
+        proposals: Proposals,
+        layers: Predictions,
+        groups: Sequence[QueryGroup],
+        sizes: list[int],
+        targets: Targets,
+        image_width: int,
+        **branches: Callable,
+    ) -> dict[str, Tensor]:
+        """Return the loss terms by name; see `Criterion`. There is neither a joint decoder nor a heatmap branch."""
+        config, device = self.config, layers.logits.device
+        sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
+        selected = proposals.selected
+        assert selected is not None
+        parts = Predictions(
+            torch.cat([selected.logits[None], layers.logits]), torch.cat([selected.keypoints[None], layers.keypoints])
+        )
+        rules = [group.assignment for group in groups] * len(parts.logits)
+        pending = PendingAssignments(layer_costs(parts, sizes, targets, config, sigmas), targets.counts, rules)
+        pairs = pending.solve()
+        count_from_first_group(pairs, sizes)
+        (matches,) = matches_on([pairs], device, np.zeros(sum(own.shape[1] for own in pairs), np.int64))
+        counts = person_counts(matches, targets, len(sizes))
+        names = ["proposal", *layer_names(layers)]
+        return decoder_losses(parts, sizes, matches, targets, config, sigmas, counts, names)
+
+
+def layer_names(layers: Predictions) -> list[str]:
+    """Return the names of the pose decoder's layers in the loss terms."""
+    return [f"decoder.{layer}" for layer in range(len(layers.logits))]
 
 
 def matched_poses(keypoints: Tensor, matching: Matching) -> Tensor:

@@ -60,7 +60,14 @@ class Grid:
         )
 
 
-def make_grid(maps: list[Tensor], masks: list[Tensor] | None, shares: Tensor | None = None) -> Grid:
+def make_grid(
+    maps: list[Tensor],
+    masks: list[Tensor] | None,
+    shares: Tensor | None = None,
+    *,
+    temperature: float = 10_000.0,
+    offset: float = 0.5,
+) -> Grid:
     """Return the grid of feature maps.
 
     Args:
@@ -68,6 +75,8 @@ def make_grid(maps: list[Tensor], masks: list[Tensor] | None, shares: Tensor | N
         masks: (B, H_l, W_l) of every level, true on padding; None without padding.
         shares: (B, 2) unpadded share of the width and height. None counts whole cells of every level, as published: an
             edge within a cell is then up to half a cell off.
+        temperature: of the position encoding.
+        offset: subtracted from a cell's number, counted from 1, before it is encoded.
     """
     d_model, device = maps[0].shape[1], maps[0].device
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
@@ -88,7 +97,8 @@ def make_grid(maps: list[Tensor], masks: list[Tensor] | None, shares: Tensor | N
         centers.append(places / (ratios[-1] * size)[:, None])  # (B, H * W, 2)
         cells.append(1 / valid)
         # The published models rank tokens on padding, too: theirs must have the published positions.
-        positions.append(sine_positions(mask, d_model // 2, shared=masks is None or shares is not None))
+        shared = masks is None or shares is not None
+        positions.append(sine_positions(mask, d_model // 2, temperature, offset, shared=shared))
     padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
     batch = maps[0].shape[0]
     return Grid(
@@ -101,30 +111,35 @@ def make_grid(maps: list[Tensor], masks: list[Tensor] | None, shares: Tensor | N
     )
 
 
-def sine_positions(mask: Tensor, features_per_axis: int, *, shared: bool = False) -> Tensor:
+def sine_positions(
+    mask: Tensor, features_per_axis: int, temperature: float = 10_000.0, offset: float = 0.5, *, shared: bool = False
+) -> Tensor:
     """Return the sine encoding of positions counted inside the image, y first, then x.
 
     Args:
         mask: (B, H, W), true on padding.
         features_per_axis: number of sines and cosines of each coordinate.
+        temperature: ratio of the slowest and the fastest wavelength.
+        offset: 0.5 encodes a cell's center, 0 its far edge.
         shared: compute the first row and column only, a thirtieth of the sines. Outside padding they equal all others.
 
     Returns:
-        (B, H * W, 2 * features_per_axis), sin and cos interleaved, temperature 10,000 (Carion et al. 2020, with
-        mmdet's center offset of -0.5).
+        (B, H * W, 2 * features_per_axis), sin and cos interleaved (Carion et al. 2020; PETR has the offset 0.5).
     """
     inside = (~mask).float()
     parts = []
     for axis in (1, 2):
         count = (inside.narrow(3 - axis, 0, 1) if shared else inside).cumsum(axis)
         last = count[:, -1:] if axis == 1 else count[:, :, -1:]
-        encoding = sine_encoding((count - 0.5) / (last + 1e-6), features_per_axis)  # (B, H or 1, W or 1, features)
+        encoding = sine_encoding(
+            (count - offset) / (last + 1e-6), features_per_axis, temperature
+        )  # (B, H or 1, W or 1, features)
         parts.append(encoding.expand(*mask.shape, -1))
     return torch.cat(parts, -1).flatten(1, 2)
 
 
-def sine_encoding(x: Tensor, features: int) -> Tensor:
+def sine_encoding(x: Tensor, features: int, temperature: float = 10_000.0) -> Tensor:
     """Return interleaved sines and cosines (..., features) of positions (...) in 0..1, from one turn to slow ones."""
     exponent = torch.arange(features, device=x.device) // 2 * 2 / features
-    angle = (x * (2 * math.pi))[..., None] / 10000.0**exponent
+    angle = (x * (2 * math.pi))[..., None] / temperature**exponent
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpetr.model.config import HPetrConfig
-from hpetr.model.groups import Assignment, Hungarian, QueryGroup
+from hpetr.model.groups import Hungarian, QueryGroup
 from hpetr.model.host import to_device
 from hpetr.model.matching import (
     FOCAL_ALPHA,
@@ -53,6 +53,20 @@ class Matching:
     most: int
 
 
+def layer_costs(
+    layers: Predictions, sizes: list[int], targets: Targets, config: HPetrConfig, sigmas: Tensor
+) -> list[Tensor]:
+    """Return the costs (B, Q_g, n) of every layer's groups, layer by layer, of predictions (layers, B, Q, ...)."""
+    groups = pose_cost(layers, targets, config, sigmas).split(sizes, 2)
+    return [group[layer] for layer in range(len(layers.logits)) for group in groups]
+
+
+def count_from_first_group(pairs: list[np.ndarray], sizes: list[int]) -> None:
+    """Let the queries of pairs (3, m) of every layer's groups count from the first query of all groups, in place."""
+    for part, own in enumerate(pairs):
+        own[1] += sum(sizes[: part % len(sizes)])
+
+
 def start_matching(
     proposals: Predictions,
     layers: Predictions,
@@ -69,36 +83,42 @@ def start_matching(
         layers: (layers, B, Q, ...), one group after the other.
         groups: the query groups.
         sizes: their numbers of queries.
+        targets: people of the batch.
+        config: weights of the cost.
+        sigmas: (K,).
     """
-    depth = len(layers.logits)
-    costs = [pose_cost(proposals, targets, config, sigmas)]
-    layer_costs = pose_cost(layers, targets, config, sigmas).split(sizes, 2)  # a (layers, B, Q_g, n) each
-    costs += [group[i] for i in range(depth) for group in layer_costs]
-    rules: list[Assignment] = [Hungarian(config.proposal_k), *[group.assignment for group in groups] * depth]
-    return PendingAssignments(costs, targets.counts, rules)
+    costs = [pose_cost(proposals, targets, config, sigmas), *layer_costs(layers, sizes, targets, config, sigmas)]
+    rules = [group.assignment for group in groups] * len(layers.logits)
+    return PendingAssignments(costs, targets.counts, [Hungarian(config.proposal_k), *rules])
 
 
 def finish_matching(pending: PendingAssignments, sizes: list[int], device: torch.device) -> Matching:
     """Wait for the assignments, and send the pairs to the device in one copy."""
     proposal_pairs, *layer_pairs = pending.solve()  # (3, m) each: image, query, target
-    for part, pairs in enumerate(layer_pairs):
-        pairs[1] += sum(sizes[: part % len(sizes)])
+    count_from_first_group(layer_pairs, sizes)
     last = np.concatenate(layer_pairs[-len(sizes) :], 1)
     last = last[:, last[0].argsort(kind="stable")]
     per_image = np.bincount(last[0], minlength=len(pending.counts))
     slots = np.arange(last.shape[1]) - (per_image.cumsum() - per_image)[last[0]]
+    proposals, layers, joint = matches_on([[proposal_pairs], layer_pairs, [last]], device, slots)
+    return Matching(proposals, layers, joint, most=max(int(per_image.max()), 1))
 
-    blocks = [[proposal_pairs], layer_pairs, [last]]
+
+def matches_on(blocks: list[list[np.ndarray]], device: torch.device, last_slots: np.ndarray) -> list[Matches]:
+    """Send blocks of parts to the device in one copy.
+
+    Args:
+        blocks: each a list of pairs (3, m), one for each part.
+        device: where the matches go.
+        last_slots: (m,) `Matches.slot` of the last block; 0 for the others.
+    """
     lengths = [[pairs.shape[1] for pairs in block] for block in blocks]
     parts = np.concatenate([np.full(length, i) for block in lengths for i, length in enumerate(block)])
     columns = np.concatenate([pairs for block in blocks for pairs in block], 1)
-    slot = np.concatenate([np.zeros(len(parts) - len(slots), np.int64), slots])
+    slot = np.concatenate([np.zeros(len(parts) - len(last_slots), np.int64), last_slots])
     table = to_device(torch.from_numpy(np.stack([parts, *columns, slot])), device)  # (5, m of all blocks)
-    proposals, layers, joint = (
-        Matches(block, *rows)
-        for rows, block in zip(table.split([sum(block) for block in lengths], 1), lengths, strict=True)
-    )
-    return Matching(proposals, layers, joint, most=max(int(per_image.max()), 1))
+    rows = table.split([sum(block) for block in lengths], 1)
+    return [Matches(block, *row) for row, block in zip(rows, lengths, strict=True)]
 
 
 def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
@@ -112,6 +132,14 @@ def match_counts(matching: Matching, targets: Targets) -> list[Tensor]:
     matched = torch.tensor([size for block in blocks for size in block.sizes])
     counts = torch.stack([to_device(matched, keypoints.device), keypoints], -1).float()
     return list(mean_over_processes(counts).split([len(block.sizes) for block in blocks]))
+
+
+def person_counts(matches: Matches, targets: Targets, groups: int) -> Tensor:
+    """Return Group Pose's divisors (parts, 2): persons of the batch; of further groups, their matched queries."""
+    persons = sum(targets.counts)
+    sizes = [size if part % groups else persons for part, size in enumerate(matches.sizes)]
+    counts = to_device(torch.tensor(sizes, dtype=torch.float32), matches.part.device)
+    return mean_over_processes(counts)[:, None].expand(-1, 2)
 
 
 def ignored_queries(keypoints: Tensor, targets: Targets) -> Tensor:
@@ -145,17 +173,22 @@ def focal_terms(predictions: Predictions, truth: Tensor, targets: Targets) -> Te
 
 def oks_loss(similarity: Tensor, config: HPetrConfig) -> Tensor:
     """Return the loss of an object keypoint similarity."""
-    return 1 - similarity if config.oks_loss == "linear" else -similarity.clamp(min=1e-6).log()
+    similarity = similarity.clamp(min=1e-6)
+    return 1 - similarity if config.oks_loss == "linear" else -similarity.log()
 
 
-def keypoint_terms(keypoints: Tensor, matches: Matches, targets: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+def keypoint_terms(
+    keypoints: Tensor, matches: Matches, targets: Targets, config: HPetrConfig, sigmas: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return L1 (normalized coordinates) and OKS of matched poses (..., m, K, 2), 1 = the image: (..., m) each."""
     visible = targets.visible[matches.image, matches.target]  # (m, K)
     sizes = targets.sizes[matches.image][:, None]  # (m, 1, 2)
     difference = keypoints * sizes - targets.keypoints[matches.image, matches.target]  # (..., m, K, 2) pixels
     l1 = (difference.abs() / sizes * visible[..., None]).sum((-1, -2))
-    areas = targets.areas[matches.image, matches.target]
-    return l1, object_keypoint_similarity(difference.square().sum(-1), visible, areas, sigmas)
+    unit = targets.oks_unit(config)[matches.image]  # (m, 2)
+    areas = targets.areas[matches.image, matches.target] / unit.prod(-1)
+    squared = (difference / unit[:, None]).square().sum(-1)  # (..., m, K)
+    return l1, object_keypoint_similarity(squared, visible, areas, sigmas)
 
 
 def proposal_losses(
@@ -179,10 +212,10 @@ def proposal_losses(
         counts: (1, 2) from `match_counts`.
     """
     truth = torch.zeros_like(proposals.logits, dtype=torch.promote_types(proposals.logits.dtype, torch.float32))
-    truth[matches.image, matches.query, 0] = 1
+    truth[matches.image, matches.query, config.leading_columns] = 1
     focal = focal_terms(Predictions(proposals.logits, keypoints), truth, targets).sum()
     matched = proposals.keypoints_at(matches.image, matches.query)  # (m, K, 2)
-    l1 = keypoint_terms(matched, matches, targets, sigmas)[0].sum()
+    l1 = keypoint_terms(matched, matches, targets, config, sigmas)[0].sum()
     return {
         "proposal.class": config.loss_class * focal / counts[0, 0],
         "proposal.l1": config.loss_l1 * l1 / counts[0, 1],
@@ -197,6 +230,7 @@ def decoder_losses(
     config: HPetrConfig,
     sigmas: Tensor,
     counts: Tensor,
+    names: Sequence[str],
 ) -> dict[str, Tensor]:
     """Return the losses of every pose-decoder layer, each group divided by its own counts and the groups added.
 
@@ -207,14 +241,15 @@ def decoder_losses(
         targets: people of the batch.
         config: weights.
         sigmas: (K,).
-        counts: (layers * groups, 2) from `match_counts`.
+        counts: (layers * groups, 2) from `match_counts` or `person_counts`.
+        names: of the layers, the first part of their terms' names.
     """
     depth = len(layers.logits)
     layer = torch.div(matches.part, len(sizes), rounding_mode="floor")
     truth = torch.zeros_like(layers.logits, dtype=torch.promote_types(layers.logits.dtype, torch.float32))
     matched = layers.keypoints[layer, matches.image, matches.query]  # (m, K, 2)
-    distance, similarity = keypoint_terms(matched, matches, targets, sigmas)
-    classes = targets.classes[matches.image, matches.target]
+    distance, similarity = keypoint_terms(matched, matches, targets, config, sigmas)
+    classes = targets.classes[matches.image, matches.target] + config.leading_columns
     quality = similarity.detach() if config.class_target == "oks" else 1.0
     truth[layer, matches.image, matches.query, classes] = quality
     focal = focal_terms(layers, truth, targets).sum(1)  # (layers, Q)
@@ -227,7 +262,7 @@ def decoder_losses(
         "l1": config.loss_l1 * (l1 / coordinates).sum(-1),
         "oks": config.loss_oks * (oks / people).sum(-1),
     }
-    return {f"decoder.{i}.{name}": term[i] for i in range(depth) for name, term in sums.items()}
+    return {f"{name}.{kind}": term[i] for i, name in enumerate(names) for kind, term in sums.items()}
 
 
 def joint_losses(
@@ -250,7 +285,9 @@ def joint_losses(
         sigmas: (K,).
         counts: (1, 2) from `match_counts`.
     """
-    l1, similarity = keypoint_terms(poses[:, matches.image, matches.slot], matches, targets, sigmas)  # (layers, m)
+    l1, similarity = keypoint_terms(
+        poses[:, matches.image, matches.slot], matches, targets, config, sigmas
+    )  # (layers, m)
     oks = oks_loss(similarity, config) * targets.visible[matches.image, matches.target].any(-1)
     terms = {}
     for i in range(len(poses)):

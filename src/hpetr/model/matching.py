@@ -44,6 +44,10 @@ class Targets:
     ignore_boxes: Tensor
     counts: list[int]
 
+    def oks_unit(self, config: HPetrConfig) -> Tensor:
+        """Return the unit of distances in the OKS, (B, 2) pixels: 1, or the image's size for normalized coordinates."""
+        return self.sizes if config.oks_space == "normalized" else torch.ones_like(self.sizes)
+
 
 @dataclass
 class Matches:
@@ -152,20 +156,23 @@ def pose_cost(predictions: Predictions, targets: Targets, config: HPetrConfig, s
     positive = -(probability + 1e-12).log() * FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA
     focal = positive - negative  # (..., B, Q, C)
     # (..., B, Q, n); a product with one-hot classes would run in bfloat16 under autocast
-    classes = targets.classes[:, None].expand(*focal.shape[:-1], -1)
+    classes = (targets.classes[:, None] + config.leading_columns).expand(*focal.shape[:-1], -1)
     cost = config.cost_class * focal.gather(-1, classes)
 
     sizes = targets.sizes[:, None, None]  # (B, 1, 1, 2)
     keypoints = predictions.keypoints * sizes  # (..., B, Q, K, 2) pixels
     labelled = targets.visible.sum(-1).clamp(min=1)  # (B, n)
-    scale = 2 * targets.areas[..., None] * (2 * sigmas) ** 2  # (B, n, K)
+    unit = targets.oks_unit(config)[:, None, None]  # (B, 1, 1, 2)
+    scale = 2 * (targets.areas / unit.prod(-1)[:, 0])[..., None] * (2 * sigmas) ** 2  # (B, n, K)
     distance, similarity = torch.zeros_like(cost), torch.zeros_like(cost)
     for k in range(len(sigmas)):
         seen = targets.visible[:, None, :, k]  # (B, 1, n)
         difference = keypoints[..., k, None, :] - targets.keypoints[:, None, :, k]  # (..., Q, n, 2)
         distance += (difference.abs() / sizes).sum(-1) * seen
-        similarity += (-difference.square().sum(-1) / scale[:, None, :, k]).exp() * seen
-    cost += config.cost_l1 * distance / (2 * labelled[:, None])
+        similarity += (-(difference / unit).square().sum(-1) / scale[:, None, :, k]).exp() * seen
+    # (B, 1, n): PETR's L1 is a mean over coordinates, Group Pose's a sum
+    coordinates = 2 * labelled[:, None] if config.divisor == "keypoints" else torch.ones_like(labelled[:, None])
+    cost += config.cost_l1 * distance / coordinates
     return cost - config.cost_oks * similarity / labelled[:, None]
 
 

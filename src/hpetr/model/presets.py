@@ -32,6 +32,38 @@ HYBRID: dict[str, Any] = {
     "joint_decoder_ffn_dim": 2048,
     "dropout": 0.0,
 }
+SWIN_T: dict[str, Any] = {
+    **SWIN_L,
+    "embed_dim": 96,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
+    "drop_path_rate": 0.2,
+}
+SWIN_L_384: dict[str, Any] = {**SWIN_L, "window_size": 12, "drop_path_rate": 0.2}
+GROUP_POSE: dict[str, Any] = {
+    "batch_norm_buffers": True,
+    "neck_bias": True,
+    "position_temperature": 20.0,
+    "position_offset": 0.0,
+    "encoder_ffn_dim": 2048,
+    "decoder": "group",
+    "decoder_layers": 6,
+    "decoder_ffn_dim": 2048,
+    "joint_decoder_layers": 0,
+    "num_queries": 100,
+    "num_poses": 50,
+    "leading_columns": 1,
+    "dropout": 0.0,
+    "deformable_dropout": 0.0,
+    "cost_l1": 10.0,
+    "cost_oks": 4.0,
+    "loss_l1": 10.0,
+    "loss_oks": 4.0,
+    "oks_loss": "linear",
+    "oks_space": "normalized",
+    "divisor": "persons",
+    "loss_heatmap": 0.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "petr-r50": {"backbone_config": RESNET_50},
     "petr-r101": {"backbone_config": RESNET_101},
@@ -46,6 +78,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "skeleton": CROWDPOSE.to_dict(),
         "decoder_layers": 6,
         "joint_decoder_layers": 3,
+    },
+    "group-pose-r50": {"backbone_config": RESNET_50, **GROUP_POSE},
+    "group-pose-swin-t": {"backbone_config": SWIN_T, **GROUP_POSE},
+    "group-pose-swin-l": {"backbone_config": SWIN_L_384, **GROUP_POSE},
+    "group-pose-swin-l-crowdpose": {
+        "backbone_config": SWIN_L_384,
+        **GROUP_POSE,
+        "num_keypoints": CROWDPOSE.num_keypoints,
+        "skeleton": CROWDPOSE.to_dict(),
     },
     "h-petr-nano": {
         "backbone_config": MOVENET,

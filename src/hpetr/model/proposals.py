@@ -71,6 +71,7 @@ class Proposals:
         unit: (B, S, 2) unit of the offsets, from `steps`; None where they are logits.
         first_logits: (B, S, C) class logits that the decoder layers start from, detached.
         first_offsets: (B, S, 2 K) added to the head's offsets; None without a prior.
+        selected: of the tokens that became queries (B, Q, ...), with gradient, where the losses are theirs alone.
     """
 
     logits: Tensor
@@ -82,6 +83,7 @@ class Proposals:
     unit: Tensor | None
     first_logits: Tensor
     first_offsets: Tensor | None = None
+    selected: Predictions | None = None
 
     def keypoints_at(self, image: Tensor, token: Tensor) -> Tensor:
         """Return the keypoints (..., K, 2) of tokens, for indices (...,) of images and tokens that broadcast."""

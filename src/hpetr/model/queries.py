@@ -61,12 +61,8 @@ class LearnedQueries(nn.Embedding):
         super().__init__(sum(group.size for group in groups), 2 * config.d_model)  # position, then content
 
     def sizes(self, groups: Sequence[QueryGroup], tokens: int) -> list[int]:
-        """Return the groups' sizes; the last queries are left out where there are fewer tokens."""
-        sizes: list[int] = []
-        for group in groups:
-            # Python's min would tie an exported graph to the traced image's side of the comparison.
-            sizes.append(torch.sym_min(group.size, tokens - sum(sizes)))
-        return sizes
+        """Return the groups' sizes; see `consecutive_sizes`."""
+        return consecutive_sizes(groups, tokens)
 
     def start(self, proposals: Proposals, grid: Grid, sizes: list[int]) -> Start:
         """Start from the best proposals."""
@@ -80,6 +76,15 @@ class LearnedQueries(nn.Embedding):
 
     def _half(self, poses: Tensor, half: int) -> Tensor:
         return self.weight[: poses.shape[1]].expand(poses.shape[0], -1, -1).chunk(2, -1)[half]  # (B, Q, D)
+
+
+def consecutive_sizes(groups: Sequence[QueryGroup], tokens: int) -> list[int]:
+    """Return the sizes of groups that share one ranking of tokens; with fewer tokens, the last queries are left out."""
+    sizes: list[int] = []
+    for group in groups:
+        # Python's min would tie an exported graph to the traced image's side of the comparison.
+        sizes.append(torch.sym_min(group.size, tokens - sum(sizes)))
+    return sizes
 
 
 def image_index(tokens: Tensor) -> Tensor:

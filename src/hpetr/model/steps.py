@@ -29,7 +29,14 @@ class Steps(Protocol):
 
 
 class LogitSteps:
-    """Offsets are added to the logit of a coordinate, as in Deformable DETR (Zhu et al. 2021)."""
+    """Offsets are added to the logit of a coordinate, as in Deformable DETR (Zhu et al. 2021).
+
+    Args:
+        eps: smallest distance of a coordinate from 0 and 1.
+    """
+
+    def __init__(self, eps: float = 1e-5):
+        self.eps = eps
 
     def token_unit(self, grid: Grid) -> None:
         """Return None: a logit has no unit."""
@@ -43,7 +50,7 @@ class LogitSteps:
 
     def move_poses(self, poses: Tensor, offsets: Tensor, grid: Grid) -> Tensor:
         """Add offsets to the logits of the poses."""
-        return (offsets + inverse_sigmoid(poses)).sigmoid()
+        return (offsets + inverse_sigmoid(poses, self.eps)).sigmoid()
 
     move_keypoints = move_poses
 
