@@ -28,7 +28,7 @@ READERS_OWN = re.compile(
 NOT_THERE = re.compile(r"no such|cannot be read|cannot read|is missing|not found")
 PLACEHOLDER = re.compile(r"\[|<|\.\.\.|(?<![\w-])[A-Z][A-Z_]{2,}")  # DIR, [--option N], INPUTS...: a synopsis
 # Programs that are not checked.
-OTHERS = {"cd", "export", "git", "hf"}
+OTHERS = {"cd", "export", "git", "hf", "pip-licenses"}
 
 
 def commands_of(block: str, language: str) -> list[str]:
@@ -83,7 +83,7 @@ def all_commands() -> list[tuple[list[str], Any]]:
 def check_synopsis(command: str) -> None:
     """Check that the command exists, and so do all options that are named."""
     words = command.replace("[", " ").replace("]", " ").replace("|", " ").split()
-    words = words[words.index("hpetr.cli.main" if "hpetr.cli.main" in words else "hpetr") + 1 :]
+    words = words[words.index("hpetr.cli" if "hpetr.cli" in words else "hpetr") + 1 :]
     found, rest = find_command([word for word in words if word not in ("OPTIONS", "COMMAND")])
     known = {option for parameter in found.params for option in [*parameter.opts, *parameter.secondary_opts]}
     named = {word.rstrip(".,") for word in rest if re.match(r"--?[a-z]", word)}
@@ -115,7 +115,7 @@ def run_hpetr(words: list[str]) -> str:
 def _torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = torchrun_parser().parse_args(words)
     assert arguments.module
-    assert arguments.training_script == "hpetr.cli.main"
+    assert arguments.training_script == "hpetr.cli"
     parse(arguments.training_script_args)
 
 
@@ -131,7 +131,7 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if words[1] == "hpetr.runtime":
             assert run_exported(words[2:]) == 0
             return
-        assert words[1] == "hpetr.cli.main"
+        assert words[1] == "hpetr.cli"
         parse(words[2:])
         return
     script = ROOT / words[0]
@@ -211,7 +211,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run or parse a command, and return the output of `hpetr`."""
     if is_synopsis(command):
-        if "hpetr " in command or "hpetr.cli.main" in command:
+        if "hpetr " in command or "hpetr.cli" in command:
             check_synopsis(command)
         return ""
     program, *rest = split(command)
