@@ -23,6 +23,7 @@ from hpetr.cli.main import app
 from hpetr.data import open_dataset
 from hpetr.data.check import check_dataset
 from hpetr.poses.formats import FORMATS, check_formats, coco_labels, labelme_json, write_format
+from hpetr.poses.postprocess import boxes_around
 from hpetr.poses.skeleton import COCO
 from paths import EXAMPLES
 
@@ -48,7 +49,7 @@ def made_results(folder: Path) -> list[PoseResult]:
                 keypoints=keypoints,
                 keypoint_scores=keypoint_scores,
                 scores=np.linspace(0.9, 0.5, count, dtype=np.float32),
-                boxes=np.concatenate([keypoints.min(1), keypoints.max(1)], 1),
+                boxes=boxes_around(keypoints, keypoint_scores, 0.3),
                 labels=np.arange(count, dtype=np.int64) % 2,
                 skeleton=ANIMAL,
                 image_size=(425, 640),
@@ -187,8 +188,8 @@ def test_command_writes_all_formats_and_never_over_labels(checkpoint: Path, tmp_
     every = [word for name in FORMATS for word in ("--format", name)]
     result = CliRunner().invoke(app, [*command, *every])
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[1:] == [f"results: {output / name}" for name in FORMATS.values()]
-    assert sorted(path.name for path in output.iterdir()) == sorted(FORMATS.values())
+    assert result.stdout.splitlines()[1:] == [f"results: {output / name}" for name, _ in FORMATS.values()]
+    assert sorted(path.name for path in output.iterdir()) == sorted(name for name, _ in FORMATS.values())
     scores = json.loads((output / "predictions.json").read_text())["annotations"]
     for dataset in (open_dataset(output, tmp_path), open_dataset(output / "yolo", split="val")):
         assert dataset.report.people == len(scores) == 10

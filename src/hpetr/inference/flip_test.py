@@ -54,7 +54,7 @@ def merge_poses(first: PoseResult, second: PoseResult) -> PoseResult:
     """Return the poses of two results of one image, best first, with the scores after soft NMS on their boxes."""
     arrays: dict[str, Any] = {n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in POSE_FIELDS}
     both = replace(first, **arrays)
-    kept, scores = soft_nms(both.boxes, both.scores, both.labels)
+    kept, scores = soft_nms(both.extents, both.scores, both.labels)
     return replace(both[kept], scores=scores)
 
 

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 
 from hpetr.checkpoints.folder import load_checkpoint
-from hpetr.images.pixels import keep_ratio_size
-from hpetr.images.read import ImageSource, load_image
 from hpetr.inference.precision import autocast, check_precision
 from hpetr.model.hpetr import HPetrForPoseEstimation
-from hpetr.model.image_processor import HPetrImageProcessor
+from hpetr.model.image_processor import HPetrImageProcessor, output_arrays
 from hpetr.model.stages import POST_PROCESSING, RESIZE, stage
 from hpetr.poses.predictor import Predictor, check_threshold
 from hpetr.poses.result import PoseResult
@@ -30,9 +28,10 @@ class PosePredictor(Predictor):
         precision: see `hpetr.inference.precision.autocast`.
         compiled: run the network through torch.compile. The first image takes a minute or more; sizes and batches may
             change afterwards.
+        keypoint_threshold: keypoints with a lower score do not count as found; None means the checkpoint's own.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, the device does not exist, the threshold is not in 0..1, or the
+        InputError: the checkpoint cannot be loaded, the device does not exist, a threshold is not in 0..1, or the
             precision is unknown.
 
     Examples:
@@ -49,53 +48,29 @@ class PosePredictor(Predictor):
         *,
         precision: str = "float32",
         compiled: bool = False,
+        keypoint_threshold: float | None = None,
     ) -> None:
         check_threshold(threshold)
+        check_threshold(keypoint_threshold, "keypoint_threshold")
         check_precision(precision)
         self.model, self.processor = load_checkpoint(checkpoint, device)
-        self.threshold = self.processor.threshold if threshold is None else threshold
+        own = self.processor
+        self.threshold = own.threshold if threshold is None else threshold
+        self.keypoint_threshold = own.keypoint_threshold if keypoint_threshold is None else keypoint_threshold
+        self.skeleton = Skeleton.from_dict(self.model.config.skeleton)
+        self.class_names = class_names(self.model)
+        self.default_batch_size = default_batch_size(self.model)
+        self.num_poses = self.model.config.num_poses
+        self.device_name = str(self.model.device)
+        self.edge_limits = own.size["shortest_edge"], own.size["longest_edge"]
         self.precision = precision
         if compiled:
             self.model.compile(dynamic=True)
 
-    @property
-    def skeleton(self) -> Skeleton:
-        """Names, edges, mirror pairs and sigmas of the keypoints."""
-        return Skeleton.from_dict(self.model.config.skeleton)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, by label."""
-        return class_names(self.model)
-
-    @property
-    def default_batch_size(self) -> int:
-        """Images in a batch, unless a call gives a number."""
-        return default_batch_size(self.model)
-
-    @property
-    def num_poses(self) -> int:
-        """Maximum number of poses per image."""
-        return self.model.config.num_poses
-
-    @property
-    def device_name(self) -> str:
-        """Device of the network: cpu, cuda:0, ..."""
-        return str(self.model.device)
-
-    def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width of an image in the network, before padding."""
-        limits = self.processor.size
-        return keep_ratio_size(height, width, limits["shortest_edge"], limits["longest_edge"])
-
-    def read(self, image: ImageSource) -> np.ndarray:
-        """Return an image as (H, W, 3) uint8 RGB, see `load_image`."""
-        return load_image(image)
-
     def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
         """Predict the poses of one batch of images, each (H, W, 3) uint8 RGB."""
         chosen = self.threshold if threshold is None else threshold
-        return predict_batch(self.model, self.processor, images, chosen, self.precision)
+        return predict_batch(self.model, self.processor, images, chosen, self.precision, self.keypoint_threshold)
 
 
 def class_names(model: HPetrForPoseEstimation) -> list[str]:
@@ -115,6 +90,7 @@ def predict_batch(
     images: Sequence[np.ndarray],
     threshold: float | None = None,
     precision: str = "float32",
+    keypoint_threshold: float | None = None,
 ) -> list[PoseResult]:
     """Predict the poses of a batch of images in one pass.
 
@@ -124,6 +100,7 @@ def predict_batch(
         images: B arrays (H, W, 3) uint8 RGB.
         threshold: minimum score of a pose, exclusive; None means the processor's.
         precision: see `hpetr.inference.precision.autocast`.
+        keypoint_threshold: keypoints with a lower score do not count as found; None means the processor's.
     """
     with stage(RESIZE):
         batch = processor(list(images))
@@ -131,17 +108,9 @@ def predict_batch(
         outputs = model(**batch.to(model.device))
     sizes = [(image.shape[0], image.shape[1]) for image in images]
     skeleton = Skeleton.from_dict(model.config.skeleton)
+    limits = (
+        processor.threshold if threshold is None else threshold,
+        processor.keypoint_threshold if keypoint_threshold is None else keypoint_threshold,
+    )
     with stage(POST_PROCESSING):
-        found = processor.post_process_pose_estimation(outputs, sizes, threshold)
-        return [
-            PoseResult(
-                keypoints=poses["keypoints"].float().cpu().numpy(),
-                keypoint_scores=poses["keypoint_scores"].float().cpu().numpy(),
-                scores=poses["scores"].float().cpu().numpy(),
-                boxes=poses["boxes"].float().cpu().numpy(),
-                labels=poses["labels"].cpu().numpy(),
-                skeleton=skeleton,
-                image_size=size,
-            )
-            for size, poses in zip(sizes, found, strict=True)
-        ]
+        return PoseResult.from_outputs(output_arrays(outputs), sizes, skeleton, *limits)

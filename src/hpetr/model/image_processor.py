@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hpetr.errors import InputError
 from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, keep_ratio_size, normalize_and_pad, resize_image
 from hpetr.images.read import ImageSource, load_image
+from hpetr.poses.postprocess import KEYPOINT_THRESHOLD, select_poses
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 # A square batch of one image takes 800 MB: a larger side is a mistake, or somebody's attempt on the memory.
@@ -55,6 +56,7 @@ class HPetrImageProcessorKwargs(TypedDict, total=False):
     image_std: list[float]
     pad_size_divisor: int
     threshold: float
+    keypoint_threshold: float
 
 
 class HPetrImageProcessor(BaseImageProcessor):
@@ -66,6 +68,7 @@ class HPetrImageProcessor(BaseImageProcessor):
         image_std: three numbers, likewise.
         pad_size_divisor: height and width of a batch are padded up to multiples of it.
         threshold: a pose is reported when its score is above it, unless a call gives another threshold.
+        keypoint_threshold: keypoints with a lower score do not count as found in boxes, drawings and labels.
 
     Raises:
         InputError: a parameter has a wrong value, or an unknown parameter is given.
@@ -81,6 +84,7 @@ class HPetrImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = IMAGENET_STD,
         pad_size_divisor: int = 1,
         threshold: float = 0.3,
+        keypoint_threshold: float = KEYPOINT_THRESHOLD,
         **kwargs: Any,
     ) -> None:
         # transformers writes these three beside the parameters in preprocessor_config.json.
@@ -100,9 +104,11 @@ class HPetrImageProcessor(BaseImageProcessor):
                 f"image processor: pad_size_divisor is {pad_size_divisor!r}, expected a whole number in 1..{MAX_SIDE:,}"
             )
         self.pad_size_divisor = int(pad_size_divisor)
-        if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
-            raise InputError(f"image processor: threshold is {threshold!r}, expected a number in 0..1")
+        for name, value in (("threshold", threshold), ("keypoint_threshold", keypoint_threshold)):
+            if not isinstance(value, Real) or not 0 <= value <= 1:
+                raise InputError(f"image processor: {name} is {value!r}, expected a number in 0..1")
         self.threshold: float = float(threshold)
+        self.keypoint_threshold: float = float(keypoint_threshold)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON; the file appears complete or not at all."""
@@ -145,59 +151,59 @@ class HPetrImageProcessor(BaseImageProcessor):
     def post_process_pose_estimation(
         self,
         outputs: PoseOutputs,
-        target_sizes: torch.Tensor | Sequence[Sequence[int]],
+        target_sizes: torch.Tensor | Sequence[Sequence[int]] | None = None,
         threshold: float | None = None,
+        keypoint_threshold: float | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        """Poses in pixels of the original images.
+        """Return poses in pixels of the original images.
 
         Args:
             outputs: the model's output; see `PoseOutputs`.
-            target_sizes: (B, 2) tensor, or B pairs, (height, width) in pixels of the original images.
-            threshold: only poses with a higher score are kept; None takes the processor's.
+            target_sizes: (B, 2) tensor, or B pairs, (height, width) in pixels of the original images; None gives
+                coordinates in 0..1 of the image.
+            threshold: minimum score of a pose, exclusive; None means the processor's.
+            keypoint_threshold: keypoints with a lower score do not count in boxes; None means the processor's.
 
         Returns:
             Per image a dict, best pose first: `scores` (n), `keypoints` (n, K, 2) x, y clipped to the image,
-            `keypoint_scores` (n, K), 1 where the model gives none, `boxes` (n, 4) the extent x1, y1, x2, y2 of the
-            keypoints, `labels` (n) int64.
+            `keypoint_scores` (n, K), 1 if the model gives none, `boxes` (n, 4) x1, y1, x2, y2 around the keypoints that
+            count, around all if none does, `labels` (n) int64.
 
         Raises:
-            InputError: there are not as many target sizes as images, or poses that are NaN or infinite.
+            InputError: the number of target sizes is not that of images, or poses are NaN or infinite.
         """
-        scores, poses = outputs.scores.float(), outputs.poses.float()  # half precision holds no pixel of 1333
-        if not bool(scores.isfinite().all()) or not bool(poses.isfinite().all()):
-            raise InputError("the model's poses are no finite numbers, its weights are damaged or were never trained")
-        sizes = torch.as_tensor(target_sizes, dtype=poses.dtype, device=poses.device)  # (B, 2)
-        if sizes.shape != (len(scores), 2):
+        count = len(outputs.scores)
+        sizes = torch.ones(count, 2) if target_sizes is None else torch.as_tensor(target_sizes)  # (B, 2)
+        if sizes.shape != (count, 2):
             raise InputError(
-                f"target_sizes of shape {tuple(sizes.shape)}: expected ({len(scores)}, 2), (height, width) per image"
+                f"target_sizes of shape {tuple(sizes.shape)}: expected ({count}, 2), (height, width) per image"
             )
-        # The official code goes through the resized image's pixels and back, which cancels.
-        keypoints = poses.clamp(0, 1) * sizes.flip(-1)[:, None, None, :]  # (B, T, K, 2)
-        boxes = torch.cat([keypoints.amin(dim=2), keypoints.amax(dim=2)], dim=-1)  # (B, T, 4)
-        keypoint_scores = getattr(outputs, "keypoint_scores", None)
-        if keypoint_scores is None:
-            keypoint_scores = torch.ones_like(keypoints[..., 0])  # (B, T, K)
-        labels = getattr(outputs, "pose_labels", None)
-        if labels is None:
-            labels = torch.zeros_like(scores, dtype=torch.int64)
-        fields = {
-            "scores": scores,
-            "keypoints": keypoints,
-            "keypoint_scores": keypoint_scores,
-            "boxes": boxes,
-            "labels": labels,
-        }
-        results = []
-        for index, image_scores in enumerate(scores):
-            order = image_scores.argsort(descending=True, stable=True)
-            kept = order[image_scores[order] > (self.threshold if threshold is None else threshold)]  # (n,)
-            results.append({name: values[index][kept] for name, values in fields.items()})
-        return results
+        found = select_poses(
+            output_arrays(outputs),
+            sizes.tolist(),
+            self.threshold if threshold is None else float(threshold),
+            self.keypoint_threshold if keypoint_threshold is None else float(keypoint_threshold),
+        )
+        device = outputs.scores.device
+        return [{name: torch.from_numpy(values).to(device) for name, values in poses.items()} for poses in found]
 
     @staticmethod
     def _resize(image: np.ndarray, size: Mapping[str, int]) -> np.ndarray:
         height, width = image.shape[:2]
         return resize_image(image, *keep_ratio_size(height, width, size["shortest_edge"], size["longest_edge"]))
+
+
+def output_arrays(outputs: PoseOutputs) -> dict[str, np.ndarray]:
+    """Return a model's output as `select_poses` takes it, with the optional fields."""
+    scores, poses = outputs.scores.float(), outputs.poses.float()  # half precision holds no pixel of 1333
+    keypoint_scores, labels = getattr(outputs, "keypoint_scores", None), getattr(outputs, "pose_labels", None)
+    tensors = {
+        "scores": scores,
+        "poses": poses,
+        "keypoint_scores": torch.ones_like(poses[..., 0]) if keypoint_scores is None else keypoint_scores.float(),
+        "pose_labels": torch.zeros_like(scores, dtype=torch.int64) if labels is None else labels,
+    }
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
 
 def _as_list(images: Any) -> list[Any]:

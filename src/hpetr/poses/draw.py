@@ -21,11 +21,10 @@ GOLDEN_RATIO = 0.618034
 def draw_poses(
     image: np.ndarray,
     keypoints: np.ndarray,
-    keypoint_scores: np.ndarray,
+    shown: np.ndarray,
     scores: np.ndarray,
     boxes: np.ndarray,
     edges: Sequence[tuple[int, int]],
-    keypoint_threshold: float = 0.3,
     track_ids: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw limbs, keypoints and the score of n poses on a copy of the image, the first pose on top.
@@ -33,11 +32,10 @@ def draw_poses(
     Args:
         image: (H, W, 3) uint8 RGB.
         keypoints: (n, K, 2) pixels.
-        keypoint_scores: (n, K).
+        shown: (n, K) bool: the keypoints to draw, with the limbs that connect two of them.
         scores: (n,).
         boxes: (n, 4) xyxy pixels: they set the line widths and the places of the scores.
         edges: pairs of keypoint indices.
-        keypoint_threshold: keypoints with a lower score and their limbs are left out.
         track_ids: (n,) numbers of the persons in a video, which choose the colors and precede the scores.
 
     Returns:
@@ -49,7 +47,6 @@ def draw_poses(
     if track_ids is not None:
         labels = [f"{number}: {label}" for number, label in zip(ids, labels, strict=True)]
     colors = [person_color(number) for number in ids]
-    shown = keypoint_scores >= keypoint_threshold  # (n, K)
     for index in reversed(range(len(scores))):
         width = line_width(boxes[index], scene.shape)
         joint_colors = [colors[index]] * len(shown[index])
@@ -89,11 +86,12 @@ def draw_person(
     # The dark pass below keeps every color readable on every background.
     for a, b in limbs:
         cv2.line(scene, points[a], points[b], OUTLINE, width + 2 * rim)
-    for index in np.flatnonzero(shown):
+    indices = np.flatnonzero(shown).tolist()
+    for index in indices:
         cv2.circle(scene, points[index], radius + rim, OUTLINE, cv2.FILLED)
     for a, b in limbs:
         cv2.line(scene, points[a], points[b], colors[a] if colors[a] == colors[b] else MIDDLE, width)
-    for index in np.flatnonzero(shown):
+    for index in indices:
         if hollow is not None and hollow[index]:
             cv2.circle(scene, points[index], radius, OUTLINE, cv2.FILLED)
             cv2.circle(scene, points[index], radius, colors[index], 1)

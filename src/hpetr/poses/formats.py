@@ -1,7 +1,7 @@
 """Results as files of other tools: COCO JSON, YOLO-pose, LabelMe and CSV.
 
-Two kinds of them. *Results* (`coco`, `csv`) keep every score. *Labels* (`coco-labels`, `yolo`, `labelme`) are for
-correcting and training: they say labelled or not, so a keypoint with a lower score than `KEYPOINT_THRESHOLD` is not.
+*Results* (`coco`, `csv`) keep every score. *Labels* (`coco-labels`, `yolo`, `labelme`) are for correcting and training:
+a keypoint is labelled or not, and one that was not found, or lies outside the image, is not.
 """
 
 from __future__ import annotations
@@ -11,55 +11,45 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import yaml
 
-from hpetr.data.annotations import AREA_OF_BOX
-from hpetr.errors import InputError
+from hpetr.errors import InputError, first_line, needs_extra
 from hpetr.images.files import unique_stems, write_bytes, write_json
 from hpetr.images.read import is_image
+from hpetr.poses.postprocess import boxes_around
 from hpetr.poses.result import PoseResult
-from hpetr.poses.skeleton import Skeleton
+from hpetr.poses.skeleton import AREA_OF_BOX, Skeleton
 
-FORMATS = {
-    "coco": "predictions.json",
-    "coco-labels": "annotations.json",
-    "yolo": "yolo",
-    "labelme": "labelme",
-    "csv": "predictions.csv",
-}
-# Labels that somebody may have corrected are never written over.
+# Labels that may have been corrected are never written over.
 LABELS = ("coco-labels", "yolo", "labelme")
-# The same as a drawing's: what is drawn is labelled.
-KEYPOINT_THRESHOLD = 0.3
-LABELLED, NOT_LABELLED = 2, 0
+LABELLED = 2
 # The LabelMe release whose files these are like.
 LABELME_VERSION = "5.5.0"
 PIXEL_DIGITS, SCORE_DIGITS, SHARE_DIGITS = 3, 6, 6
+# A class without a name gets one; an index above this is a mistake.
+MAX_CLASSES = 10_000
 
 
 def check_formats(formats: Sequence[str], images: Sequence[Path], output: Path) -> None:
-    """Prove before any work that the formats are known, and that no labels would be written over.
+    """Check, before any work, that the formats are known and that no labels would be written over.
 
     Raises:
-        InputError: an unknown format, labels that are there already, or an image that a YOLO data set cannot hold.
+        InputError: an unknown format, labels that exist already, or an image that a YOLO data set cannot hold.
     """
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"format {name!r}: expected one of {', '.join(FORMATS)}")
-        place = output / FORMATS[name]
+        place = output / FORMATS[name][0]
         if name in LABELS and place.exists() and (place.is_file() or any(place.iterdir())):
             raise InputError(f"{place}: exists already, and labels are never written over: expected another output")
-    if "yolo" in formats:
-        for image in images:
-            if not is_image(image):
-                raise InputError(
-                    f"{image}: in a YOLO data set an image has the suffix of one, expected .jpg, .png, ..."
-                )
+    for image in images if "yolo" in formats else ():
+        if not is_image(image):
+            raise InputError(f"{image}: a YOLO data set knows images by their suffix, expected .jpg, .png, ...")
 
 
 def write_format(
@@ -70,31 +60,29 @@ def write_format(
     unreadable: Sequence[tuple[Path, str]] = (),
     path: Path | None = None,
 ) -> Path:
-    """Write results of images that came from files in one of `FORMATS` into a folder; returns what was written.
+    """Write results of images that came from files in one of `FORMATS`; returns the file or folder.
 
     Args:
+        name: of the format.
         results: of one model, with their paths.
-        class_names: by label.
+        class_names: by label; a label beyond them is named `class_LABEL`.
         output: folder; the name in it is that of `FORMATS`.
-        unreadable: paths and reasons of images that are not in the results; `coco` lists them.
-        path: another place than the one in `output`.
+        unreadable: paths and reasons of images that are not in the results, listed in `coco`.
+        path: file or folder to write instead of the one in `output`.
 
     Raises:
-        InputError: a file cannot be written, or `results` is empty: nothing says what the keypoints are.
+        InputError: a file cannot be written, a label is too large, or `results` is empty, so that the keypoints are
+            unknown.
     """
-    path = output / FORMATS[name] if path is None else path
+    file_name, write = FORMATS[name]
+    path = output / file_name if path is None else path
     if not results:
         raise InputError(f"{path}: no image, expected at least one result")
-    if name == "coco":
-        write_json(path, coco_results(results, class_names, unreadable))
-    elif name == "coco-labels":
-        write_json(path, coco_labels(results, class_names))
-    elif name == "csv":
-        write_bytes(path, csv_table(results, class_names).encode())
-    elif name == "yolo":
-        _write_folder(path, lambda folder: write_yolo(results, class_names, folder))
-    else:
-        _write_folder(path, lambda folder: _write_labelme(results, class_names, folder, path))
+    highest = max(int(result.labels.max(initial=-1)) for result in results)
+    if highest >= max(len(class_names), MAX_CLASSES):
+        raise InputError(f"{path}: a pose has label {highest}, expected one of the {len(class_names)} classes")
+    names = [*class_names, *(f"class_{label}" for label in range(len(class_names), highest + 1))]
+    write(path, results, names, unreadable)
     return path
 
 
@@ -104,13 +92,13 @@ def write_format(
 def coco_results(
     results: Sequence[PoseResult], class_names: Sequence[str], unreadable: Sequence[tuple[Path, str]] = ()
 ) -> dict[str, Any]:
-    """A COCO keypoint file whose third number of a keypoint is its score, with a `score` for each pose.
+    """Return a COCO keypoint file whose third number of a keypoint is its score, with a `score` for each pose.
 
     `file_name` is the path as it was given; `unreadable` lists the images that are not in it.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    ids = range(1, _classes(results, class_names) + 1)
+    ids = range(1, len(class_names) + 1)
     for number, result in enumerate(results, start=1):
         images.append(_image(result, number, str(result.path)))
         for pose in result.to_coco(number, ids):
@@ -125,7 +113,7 @@ def coco_results(
 
 
 def coco_labels(results: Sequence[PoseResult], class_names: Sequence[str]) -> dict[str, Any]:
-    """A COCO keypoint data set: visibility 2 or 0 in the third place, the pose's `score` beside it.
+    """Return a COCO keypoint data set: visibility 2 or 0 in the third place, the pose's `score` beside it.
 
     `file_name` is relative to `common_folder` of the images. Boxes are those of the labelled keypoints, at least a
     pixel wide and high, and areas 0.53 times them, as in training.
@@ -134,22 +122,19 @@ def coco_labels(results: Sequence[PoseResult], class_names: Sequence[str]) -> di
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, result in enumerate(results, start=1):
-        relative = os.path.relpath(_path(result).resolve(), root) if root else str(_path(result).resolve())
-        images.append(_image(result, number, Path(relative).as_posix()))
-        for index in range(len(result)):
-            points, box = _labels(result, index)
-            x1, y1, x2, y2 = box.tolist()
+        images.append(_image(result, number, _relative(_path(result).resolve(), root)))
+        for points, (x1, y1, x2, y2), label, score in _labelled(result):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": int(result.labels[index]) + 1,
+                    "category_id": label + 1,
                     "bbox": [round(value, PIXEL_DIGITS) for value in (x1, y1, x2 - x1, y2 - y1)],
                     "area": round(AREA_OF_BOX * (x2 - x1) * (y2 - y1), PIXEL_DIGITS),
                     "iscrowd": 0,
                     "num_keypoints": int((points[:, 2] > 0).sum()),
                     "keypoints": [round(value, PIXEL_DIGITS) for value in points.ravel().tolist()],
-                    "score": round(float(result.scores[index]), SCORE_DIGITS),
+                    "score": round(score, SCORE_DIGITS),
                 }
             )
     return {
@@ -160,7 +145,7 @@ def coco_labels(results: Sequence[PoseResult], class_names: Sequence[str]) -> di
 
 
 def common_folder(results: Sequence[PoseResult]) -> Path | None:
-    """The folder that all images are in or below; None where there is none (drives of Windows)."""
+    """Return the folder that all images are in or below, or None if there is none (drives of Windows)."""
     try:
         return Path(os.path.commonpath([_path(result).resolve().parent for result in results]))
     except ValueError:
@@ -175,33 +160,30 @@ def _image(result: PoseResult, number: int, name: str) -> dict[str, Any]:
 def _categories(skeleton: Skeleton, class_names: Sequence[str], complete: bool = False) -> list[dict[str, Any]]:
     shared: dict[str, Any] = {"keypoints": list(skeleton.names)}
     shared["skeleton"] = [[first + 1, second + 1] for first, second in skeleton.edges]  # COCO counts from 1
-    if complete:  # what a training reads, see `Skeleton.from_coco_category`
+    if complete:  # all that training reads, see `Skeleton.from_coco_category`
         shared |= {"flip_idx": skeleton.flip_index, "sigmas": list(skeleton.sigmas)}
     return [{"id": number, "name": name, **shared} for number, name in enumerate(class_names, start=1)]
-
-
-def _classes(results: Sequence[PoseResult], class_names: Sequence[str]) -> int:
-    """How many labels there may be: a model may have a class without a name."""
-    return max(len(class_names), *(int(result.labels.max(initial=-1)) + 1 for result in results))
 
 
 # --- YOLO-pose
 
 
 def write_yolo(results: Sequence[PoseResult], class_names: Sequence[str], folder: Path) -> None:
-    """Write a YOLO-pose data set into a folder: `data.yaml`, copies of the images in `images`, and `labels`.
+    """Write a YOLO-pose data set into a new folder: `data.yaml`, copies of the images in `images`, and `labels`.
 
-    Scores have no place in it. An image without people gets no label file: it is background.
+    It has no scores. An image without persons gets no label file, since it is background.
     """
+    with needs_extra("train", "--format yolo"):
+        import yaml
     skeleton = results[0].skeleton
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
-    for result, stem in zip(results, unique_stems([_path(result) for result in results]), strict=True):
+    for result, stem in _with_stems(results):
         shutil.copyfile(_path(result), folder / "images" / (stem + _path(result).suffix))
         if len(result):
             (folder / "labels" / f"{stem}.txt").write_text(yolo_labels(result), encoding="utf-8")
     values = {
-        # Both names are wanted by other readers of this form.
+        # Other readers of this form want both names.
         "train": "images",
         "val": "images",
         "names": dict(enumerate(class_names)),
@@ -217,17 +199,17 @@ def write_yolo(results: Sequence[PoseResult], class_names: Sequence[str], folder
 
 
 def yolo_labels(result: PoseResult) -> str:
-    """The label file of an image: a line `class cx cy w h` and K times `x y visibility` for each pose, as shares of
-    the image's width and height."""
-    height, width = result.image_size
-    size = np.array([width, height], dtype=np.float64)
+    """Return the label file of an image: a line `class cx cy w h` and K times `x y visibility` for each pose.
+
+    Numbers are shares of the image's width and height.
+    """
+    size = np.array(result.image_size[::-1], dtype=np.float64)
     lines = []
-    for index in range(len(result)):
-        points, box = _labels(result, index)
-        center, extent = (box[:2] + box[2:]) / 2 / size, (box[2:] - box[:2]) / size
-        words = [str(int(result.labels[index])), *(f"{v:.{SHARE_DIGITS}f}" for v in (*center, *extent))]
-        for x, y, visibility in points:
-            words += [f"{x / width:.{SHARE_DIGITS}f}", f"{y / height:.{SHARE_DIGITS}f}", str(int(visibility))]
+    for points, box, label, _ in _labelled(result):
+        low, high = np.split(np.array(box), 2)
+        words = [str(label), *(f"{v:.{SHARE_DIGITS}f}" for v in (*((low + high) / 2 / size), *((high - low) / size)))]
+        for (x, y), visibility in zip(points[:, :2] / size, points[:, 2], strict=True):
+            words += [f"{x:.{SHARE_DIGITS}f}", f"{y:.{SHARE_DIGITS}f}", str(int(visibility))]
         lines.append(" ".join(words) + "\n")
     return "".join(lines)
 
@@ -236,37 +218,33 @@ def yolo_labels(result: PoseResult) -> str:
 
 
 def labelme_json(result: PoseResult, class_names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """An image's LabelMe file: for each person a rectangle and its labelled keypoints as points of one `group_id`.
+    """Return an image's LabelMe file: a rectangle for each person and its labelled keypoints, of one `group_id`.
 
     Args:
-        folder: where the file will be; `imagePath` leads from there to the image. Its pixels are not stored again.
+        result: the poses.
+        class_names: by label.
+        folder: of the file; `imagePath` leads from there to the image. Its pixels are not stored again.
     """
+
+    def shape(kind: str, label: str, points: list[list[float]], person: int, score: float) -> dict[str, Any]:
+        return {
+            "label": label,
+            "points": [[round(x, PIXEL_DIGITS), round(y, PIXEL_DIGITS)] for x, y in points],
+            "group_id": person,
+            "description": f"{score:.3f}",
+            "shape_type": kind,
+            "flags": {},
+            "mask": None,
+        }
+
     height, width = result.image_size
     shapes: list[dict[str, Any]] = []
-
-    def add(kind: str, label: str, points: np.ndarray, person: int, score: float) -> None:
-        shapes.append(
-            {
-                "label": label,
-                "points": [[round(x, PIXEL_DIGITS), round(y, PIXEL_DIGITS)] for x, y in points.tolist()],
-                "group_id": person,
-                "description": f"{score:.3f}",
-                "shape_type": kind,
-                "flags": {},
-                "mask": None,
-            }
-        )
-
-    for index in range(len(result)):
-        points, box = _labels(result, index)
-        label = int(result.labels[index])
-        name = class_names[label] if label < len(class_names) else str(label)
-        add("rectangle", name, box.reshape(2, 2), index + 1, float(result.scores[index]))
-        for joint, (x, y, visibility), score in zip(
-            result.skeleton.names, points, result.keypoint_scores[index], strict=True
-        ):
+    for person, (points, box, label, score) in enumerate(_labelled(result), start=1):
+        shapes.append(shape("rectangle", class_names[label], [box[:2], box[2:]], person, score))
+        scores = result.keypoint_scores[person - 1].tolist()
+        for joint, (x, y, visibility), own_score in zip(result.skeleton.names, points.tolist(), scores, strict=True):
             if visibility == LABELLED:
-                add("point", joint, np.array([[x, y]]), index + 1, float(score))
+                shapes.append(shape("point", joint, [[x, y]], person, own_score))
     return {
         "version": LABELME_VERSION,
         "flags": {},
@@ -278,43 +256,24 @@ def labelme_json(result: PoseResult, class_names: Sequence[str], folder: Path) -
     }
 
 
-def _write_labelme(results: Sequence[PoseResult], class_names: Sequence[str], folder: Path, final: Path) -> None:
-    folder.mkdir()
-    for result, stem in zip(results, unique_stems([_path(result) for result in results]), strict=True):
-        write_json(folder / f"{stem}.json", labelme_json(result, class_names, final))
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # another drive of Windows
-        return path.as_posix()
-
-
 # --- CSV
 
 
 def csv_table(results: Sequence[PoseResult], class_names: Sequence[str]) -> str:
-    """A line for each pose: `file`, `person` (from 1, best first), `label`, `score`, the box, and for each keypoint
-    NAME `NAME_x`, `NAME_y`, `NAME_score`. An image without people has no line."""
-    names = results[0].skeleton.names
-    header = ["file", "person", "label", "score", "left", "top", "right", "bottom"]
+    """Return a line for each pose: `file` and the columns of `PoseResult.to_columns`, the label by its name.
+
+    An image without persons has no line.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*header, *(f"{name}_{part}" for name in names for part in ("x", "y", "score"))])
+    writer.writerow(["file", *results[0].to_columns()])
     for result in results:
-        for index in range(len(result)):
-            label = int(result.labels[index])
-            row: list[Any] = [
-                result.path,
-                index + 1,
-                class_names[label] if label < len(class_names) else label,
-                round(float(result.scores[index]), SCORE_DIGITS),
-                *(round(float(value), PIXEL_DIGITS) for value in result.boxes[index]),
-            ]
-            for (x, y), score in zip(result.keypoints[index], result.keypoint_scores[index], strict=True):
-                row += [round(float(x), PIXEL_DIGITS), round(float(y), PIXEL_DIGITS), round(float(score), SCORE_DIGITS)]
-            writer.writerow(row)
+        columns = {
+            name: [round(value, SCORE_DIGITS if name.endswith("score") else PIXEL_DIGITS) for value in values.tolist()]
+            for name, values in result.to_columns().items()
+        }
+        columns["label"] = [class_names[label] for label in columns["label"]]
+        writer.writerows([result.path, *row] for row in zip(*columns.values(), strict=True))
     return stream.getvalue()
 
 
@@ -327,23 +286,39 @@ def _path(result: PoseResult) -> Path:
     return result.path
 
 
-def _labels(result: PoseResult, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A pose as labels: (K, 3) x, y, visibility, 0, 0, 0 where not labelled; and (4,) box of the labelled keypoints."""
-    points = np.zeros((len(result.keypoints[index]), 3))
-    kept = result.keypoint_scores[index] >= KEYPOINT_THRESHOLD
-    points[kept, :2], points[kept, 2] = result.keypoints[index][kept], LABELLED
-    around = result.keypoints[index][kept] if kept.any() else result.keypoints[index]
-    low, high = around.min(axis=0).astype(np.float64), around.max(axis=0).astype(np.float64)
-    # A box without extent is nobody's: a pixel, within the image.
+def _with_stems(results: Sequence[PoseResult]) -> zip[tuple[PoseResult, str]]:
+    return zip(results, unique_stems([_path(result) for result in results]), strict=True)
+
+
+def _relative(path: Path, folder: Path | None) -> str:
+    """Return the way from a folder to a path, or the path itself if there is none (drives of Windows)."""
+    with suppress(ValueError):
+        path = Path(os.path.relpath(path, folder)) if folder is not None else path
+    return path.as_posix()
+
+
+def _labelled(result: PoseResult) -> list[tuple[np.ndarray, list[float], int, float]]:
+    """Return the poses as labels.
+
+    Returns:
+        n tuples: (K, 3) x, y, visibility, all 0 if not labelled; box x1, y1, x2, y2 around the labelled keypoints,
+        within the image and at least a pixel wide and high; label; score.
+    """
     size = np.array(result.image_size[::-1], dtype=np.float64)
+    keypoints = result.keypoints.astype(np.float64)
+    kept = result.found & ((keypoints >= 0) & (keypoints <= size)).all(axis=2)  # (n, K)
+    points = np.where(kept[..., None], np.dstack([keypoints, np.full(kept.shape, LABELLED)]), 0)  # (n, K, 3)
+    corners = boxes_around(keypoints, np.where(kept, result.keypoint_scores, 0)).reshape(-1, 2, 2).clip(0, size)
+    low, high = corners[:, 0], corners[:, 1]  # (n, 2)
     thin = high - low < 1
     low = np.where(thin, np.clip((low + high - 1) / 2, 0, np.maximum(size - 1, 0)), low)
     high = np.where(thin, low + 1, high)
-    return points, np.concatenate([low, high])
+    boxes = np.concatenate([low, high], axis=1).tolist()
+    return list(zip(points, boxes, result.labels.tolist(), result.scores.tolist(), strict=True))
 
 
-def _write_folder(final: Path, fill: Any) -> None:
-    """A folder that appears whole or not at all."""
+def _write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as temporary:
@@ -353,4 +328,30 @@ def _write_folder(final: Path, fill: Any) -> None:
                 final.rmdir()
             unfinished.rename(final)
     except OSError as error:
-        raise InputError(f"{final}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{final}: cannot be written ({first_line(error)})") from error
+
+
+def _write_labelme(path: Path, results: Sequence[PoseResult], class_names: Sequence[str]) -> None:
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        for result, stem in _with_stems(results):
+            write_json(folder / f"{stem}.json", labelme_json(result, class_names, path))
+
+    _write_folder(path, fill)
+
+
+def _write_csv(path: Path, results: Sequence[PoseResult], class_names: Sequence[str], _: Any) -> None:
+    # File names that are not UTF-8 keep their bytes.
+    write_bytes(path, csv_table(results, class_names).encode(errors="surrogateescape"))
+
+
+# Writes (path, results, class names, unreadable).
+Writer: TypeAlias = Callable[[Path, Sequence[PoseResult], Sequence[str], Sequence[tuple[Path, str]]], None]
+# By the format's name: the file or folder, and its writer.
+FORMATS: dict[str, tuple[str, Writer]] = {
+    "coco": ("predictions.json", lambda path, *about: write_json(path, coco_results(*about))),
+    "coco-labels": ("annotations.json", lambda path, *about: write_json(path, coco_labels(*about[:2]))),
+    "yolo": ("yolo", lambda path, *about: _write_folder(path, lambda folder: write_yolo(about[0], about[1], folder))),
+    "labelme": ("labelme", lambda path, *about: _write_labelme(path, *about[:2])),
+    "csv": ("predictions.csv", _write_csv),
+}

@@ -1,116 +1,137 @@
-"""What every predictor has, whatever runs its network: images of any kind in, a result for each out."""
+"""What all predictors share, whatever runs their network: images of any kind in, results out."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
 from hpetr.errors import InputError
+from hpetr.images.pixels import keep_ratio_size
+from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
 
-if TYPE_CHECKING:
-    from hpetr.images.read import ImageSource
-
 
 class Predictor(ABC):
-    """Takes images and gives poses.
+    """Predict the poses of images.
 
     Attributes:
-        threshold: only poses with a higher score are given.
+        threshold: minimum score of a pose, exclusive.
+        keypoint_threshold: keypoints with a lower score do not count as found.
+        skeleton: names, edges, flip pairs and sigmas of the keypoints.
+        class_names: names of the classes, by label.
+        default_batch_size: images in a batch, unless a call gives a number.
+        num_poses: maximum number of poses per image.
+        device_name: device of the network, after the name of its runtime.
+        edge_limits: shortest and longest edge of an image in the network, in pixels.
     """
 
     threshold: float
-
-    @property
-    @abstractmethod
-    def skeleton(self) -> Skeleton:
-        """Names, edges, flip pairs and sigmas of the keypoints."""
-
-    @property
-    @abstractmethod
-    def class_names(self) -> list[str]:
-        """Names of the classes, by label."""
-
-    @property
-    @abstractmethod
-    def default_batch_size(self) -> int:
-        """Images in a batch when a call does not say."""
-
-    @property
-    @abstractmethod
-    def num_poses(self) -> int:
-        """Poses an image, most."""
-
-    @property
-    @abstractmethod
-    def device_name(self) -> str:
-        """What the network runs on."""
-
-    @abstractmethod
-    def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image has in the network, before padding."""
-
-    @abstractmethod
-    def read(self, image: ImageSource) -> np.ndarray:
-        """An image as (H, W, 3) uint8 RGB, EXIF orientation applied."""
+    keypoint_threshold: float
+    skeleton: Skeleton
+    class_names: list[str]
+    default_batch_size: int
+    num_poses: int
+    device_name: str
+    edge_limits: tuple[int, int]
 
     @abstractmethod
     def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
-        """Poses of one batch.
+        """Predict the poses of one batch.
 
         Args:
             images: arrays (H, W, 3) uint8 RGB.
-            threshold: only poses with a higher score are given; None takes the predictor's own.
+            threshold: minimum score of a pose, exclusive; None means the predictor's own.
         """
 
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of an image in the network, before padding."""
+        return keep_ratio_size(height, width, *self.edge_limits)
+
     @overload
-    def __call__(self, images: ImageSource, batch_size: int | None = None) -> PoseResult: ...
-    @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...], batch_size: int | None = None) -> list[PoseResult]: ...
     def __call__(
-        self, images: ImageSource | list[Any] | tuple[Any, ...], batch_size: int | None = None
-    ) -> PoseResult | list[PoseResult]:
-        """Estimate poses.
+        self,
+        images: list[Any] | tuple[Any, ...],
+        batch_size: int | None = None,
+        *,
+        threshold: float | None = None,
+        keypoint_threshold: float | None = None,
+    ) -> list[PoseResult]: ...
+    @overload
+    def __call__(
+        self,
+        images: Iterator[Any],
+        batch_size: int | None = None,
+        *,
+        threshold: float | None = None,
+        keypoint_threshold: float | None = None,
+    ) -> Iterator[PoseResult]: ...
+    @overload
+    def __call__(
+        self,
+        images: ImageSource,
+        batch_size: int | None = None,
+        *,
+        threshold: float | None = None,
+        keypoint_threshold: float | None = None,
+    ) -> PoseResult: ...
+    def __call__(
+        self,
+        images: Any,
+        batch_size: int | None = None,
+        *,
+        threshold: float | None = None,
+        keypoint_threshold: float | None = None,
+    ) -> PoseResult | list[PoseResult] | Iterator[PoseResult]:
+        """Predict the poses of images.
 
         Args:
-            images: a path, PIL image, encoded bytes or RGB array (H, W, 3) uint8; or a list of them, or an array
-                (B, H, W, 3).
-            batch_size: images that go through the network together; None takes 8 on a GPU and 1 on the CPU, where
+            images: an image, see `load_image`; or a list of them, an array (B, H, W, 3), a tensor (B, 3, H, W) or a
+                generator.
+            batch_size: images that go through the network together; None means 8 on a GPU and 1 on the CPU, where
                 the padding of a batch costs more than it gains.
+            threshold: minimum score of a pose, exclusive; None means the predictor's own.
+            keypoint_threshold: keypoints with a lower score do not count as found; None means the predictor's own.
 
         Returns:
-            One `PoseResult`, or for a list (also an empty one) a list of them in its order.
+            One `PoseResult`; for a list (also an empty one), array or tensor of images a list of them in its order; for
+            a generator another one, which reads on as results are taken from it.
 
         Raises:
-            InputError: an image cannot be read.
+            InputError: an image cannot be read, or an argument is out of range.
         """
-        if isinstance(images, np.ndarray) and images.ndim == 4:
-            images = list(images)
-        if not isinstance(images, list | tuple):
-            return self._predict([images])[0]
+        check_threshold(threshold)
+        check_threshold(keypoint_threshold, "keypoint_threshold")
         size = self.default_batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise InputError(f"batch_size is {size}, expected at least 1")
-        return [
-            result for start in range(0, len(images), size) for result in self._predict(images[start : start + size])
-        ]
+        if not isinstance(size, Integral) or size < 1:
+            raise InputError(f"batch_size is {size!r}, expected at least 1")
+        if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+            return list(self._predict(images, size, threshold, keypoint_threshold))
+        if isinstance(images, Iterator) and not hasattr(images, "read"):  # binary files are iterators too
+            return self._predict(images, size, threshold, keypoint_threshold)
+        return next(self._predict([images], size, threshold, keypoint_threshold))
 
-    def _predict(self, images: Sequence[ImageSource]) -> list[PoseResult]:
-        results = self.predict([self.read(image) for image in images])
-        return [
-            replace(result, path=Path(image)) if isinstance(image, str | os.PathLike) else result
-            for image, result in zip(images, results, strict=True)
-        ]
+    def _predict(
+        self, images: Iterable[Any], size: int, threshold: float | None, keypoint_threshold: float | None
+    ) -> Iterator[PoseResult]:
+        images = iter(images)
+        while batch := list(islice(images, size)):
+            results = self.predict([load_image(image) for image in batch], threshold)
+            for image, result in zip(batch, results, strict=True):
+                if keypoint_threshold is not None:
+                    result = result.with_keypoint_threshold(keypoint_threshold)
+                yield replace(result, path=Path(image)) if isinstance(image, str | os.PathLike) else result
 
 
-def check_threshold(threshold: float | None) -> None:
-    """Raises `InputError` where it is neither None nor a number in 0..1."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"threshold is {threshold}, expected a number in 0..1")
+def check_threshold(threshold: float | None, name: str = "threshold") -> None:
+    """Raise `InputError` unless it is None or a number in 0..1."""
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        raise InputError(f"{name} is {threshold!r}, expected a number in 0..1")

@@ -1,14 +1,14 @@
-"""What stands in an exported model beside the network: how images go in, and how poses come out."""
+"""The description in an exported model beside its network: how images go in, and how poses come out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hpetr.errors import InputError
 from hpetr.images.pixels import MIN_BATCH_SIDE
+from hpetr.poses.postprocess import KEYPOINT_THRESHOLD
 from hpetr.poses.skeleton import Skeleton
 
 FORMAT = 1
@@ -20,13 +20,19 @@ OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """An exported model's description.
+    """The description of an exported model.
 
     Attributes:
-        model: name of the checkpoint. hpetr: the version that exported it.
-        shortest_edge, longest_edge, image_mean, image_std, pad_size_divisor, threshold: as in `HPetrImageProcessor`.
-        num_poses: poses an image, most.
-        classes: names by label. skeleton: of the keypoints.
+        model: name of the checkpoint.
+        hpetr: version that exported it.
+        shortest_edge, longest_edge, image_mean, image_std, pad_size_divisor, threshold, keypoint_threshold: as in
+            `HPetrImageProcessor`.
+        num_poses: maximum number of poses per image.
+        classes: names by label.
+        skeleton: of the keypoints.
+
+    Raises:
+        InputError: a number is out of range.
     """
 
     model: str
@@ -40,9 +46,21 @@ class ModelDescription:
     num_poses: int
     classes: tuple[str, ...]
     skeleton: Skeleton
+    keypoint_threshold: float = KEYPOINT_THRESHOLD
+
+    def __post_init__(self) -> None:
+        for name in ("shortest_edge", "longest_edge", "pad_size_divisor", "num_poses"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise InputError(f"{name!r} is {value!r}, expected a whole number of at least 1")
+        for name in ("image_mean", "image_std"):
+            if len(numbers := getattr(self, name)) != 3 or (name == "image_std" and 0 in numbers):
+                raise InputError(f"{name!r} is {list(numbers)}, expected 3 numbers, of a deviation none of them 0")
+        for name in ("threshold", "keypoint_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name!r} is {getattr(self, name)}, expected a number in 0..1")
 
     def to_json(self) -> str:
-        """The description as programs in any language can follow it; `from_json` reads it back."""
+        """Return the description as programs in any language can follow it; `from_json` reads it back."""
         steps = {
             "format": FORMAT,
             "hpetr": self.hpetr,
@@ -80,8 +98,9 @@ class ModelDescription:
             "postprocessing": {
                 "keep": "score > threshold",
                 "threshold": self.threshold,
+                "keypoint_threshold": self.keypoint_threshold,
                 "keypoints": "clip to 0..1, multiply with the width and height of the original image",
-                "box": "extent of the keypoints",
+                "box": "extent of the keypoints with score >= keypoint_threshold, of all if there is none",
                 "suppression": "none",
             },
             "num_poses": self.num_poses,
@@ -92,9 +111,10 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> ModelDescription:
-        """The description that `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Args:
+            text: the JSON.
             source: the file, for errors.
 
         Raises:
@@ -109,46 +129,24 @@ class ModelDescription:
         if values["format"] != FORMAT:
             raise InputError(f"{source}: its description has format {values['format']!r}, expected {FORMAT}")
         try:
-            return cls._from_dict(values)
+            before, after = values["preprocessing"], values["postprocessing"]
+            return cls(
+                model=str(values["model"]),
+                hpetr=str(values["hpetr"]),
+                shortest_edge=before["resize"]["shortest_edge"],
+                longest_edge=before["resize"]["longest_edge"],
+                image_mean=tuple(map(float, before["mean"])),
+                image_std=tuple(map(float, before["std"])),
+                pad_size_divisor=before["pad"]["multiple_of"],
+                threshold=float(after["threshold"]),
+                num_poses=values["num_poses"],
+                classes=tuple(map(str, values["classes"])),
+                skeleton=Skeleton.from_dict(values["skeleton"]),
+                keypoint_threshold=float(after.get("keypoint_threshold", KEYPOINT_THRESHOLD)),
+            )
         except InputError as error:
             raise InputError(f"{source}: its description: {error}") from error
         except KeyError as error:
             raise InputError(f"{source}: its description has no {error.args[0]!r}") from error
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{source}: its description is not valid ({error})") from error
-
-    @classmethod
-    def _from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
-        before, after = values["preprocessing"], values["postprocessing"]
-        description = cls(
-            model=str(values["model"]),
-            hpetr=str(values["hpetr"]),
-            shortest_edge=_at_least_one(before["resize"], "shortest_edge"),
-            longest_edge=_at_least_one(before["resize"], "longest_edge"),
-            image_mean=_three(before, "mean"),
-            image_std=_three(before, "std"),
-            pad_size_divisor=_at_least_one(before["pad"], "multiple_of"),
-            threshold=float(after["threshold"]),
-            num_poses=_at_least_one(values, "num_poses"),
-            classes=tuple(str(name) for name in values["classes"]),
-            skeleton=Skeleton.from_dict(values["skeleton"]),
-        )
-        if 0 in description.image_std:
-            raise InputError("'std' has a 0")
-        if not 0 <= description.threshold <= 1:
-            raise InputError(f"'threshold' is {description.threshold}, expected a number in 0..1")
-        return description
-
-
-def _at_least_one(values: Mapping[str, Any], key: str) -> int:
-    value = values[key]
-    if type(value) is not int or value < 1:
-        raise InputError(f"{key!r} is {value!r}, expected a whole number of at least 1")
-    return value
-
-
-def _three(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    numbers = tuple(float(number) for number in values[key])
-    if len(numbers) != 3:
-        raise InputError(f"{key!r} has {len(numbers)} numbers, expected 3")
-    return numbers

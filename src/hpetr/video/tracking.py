@@ -1,13 +1,9 @@
 """Follow people from frame to frame: `PoseTracker` numbers them, `PoseSmoother` reduces the jitter of their keypoints.
 
-Tracking follows ByteTrack (Zhang et al., ECCV 2022): confident poses are matched to tracks first, doubtful ones only
-continue tracks that are left. The similarity of poses, OKS, replaces the overlap of boxes, because it separates two
-people whose boxes cover each other. Smoothing is the one-euro filter (Casiez, Roussel and Vogel, CHI 2012).
-
-The package `trackers` offers ByteTrack too, but its 2.6.1 requires `opencv-python`, which overwrites the files of
-`opencv-python-headless`. Measured: after `pip install trackers`, `import cv2` gives OpenCV 5.0.0 with Qt, which fails
-without libGL, as in most containers, while pip still reports the headless 4.14. Its ByteTrack also numbers a person
-only from the second frame on, and ignores classes.
+Tracking follows ByteTrack (Zhang et al., ECCV 2022) with the similarity of poses, OKS, in place of the overlap of
+boxes: it separates two people whose boxes cover each other. The package `trackers` is no choice: it requires
+`opencv-python`, which overwrites `opencv-python-headless`. Smoothing is the one-euro filter (Casiez, Roussel and Vogel,
+CHI 2012).
 """
 
 from __future__ import annotations
@@ -84,7 +80,7 @@ class PoseTracker:
         for pose in np.flatnonzero(sure & (numbers == UNTRACKED)).tolist():
             self.count += 1
             numbers[pose] = self.count
-            keypoints, area = result.keypoints[pose].astype(np.float64), _area(result.boxes[pose])
+            keypoints, area = result.keypoints[pose].astype(np.float64), _area(result.extents[pose])
             self._tracks.append(_Track(self.count, int(result.labels[pose]), keypoints, area, time, np.zeros(2)))
         return numbers
 
@@ -118,7 +114,7 @@ class PoseTracker:
             # The median: one keypoint that jumps does not move the whole person.
             measured = np.median(keypoints - track.keypoints, axis=0) / elapsed
             track.velocity += VELOCITY_SHARE * (measured - track.velocity)
-        track.keypoints, track.area, track.time = keypoints, _area(result.boxes[pose]), time
+        track.keypoints, track.area, track.time = keypoints, _area(result.extents[pose]), time
 
 
 def _area(box: np.ndarray) -> float:
@@ -181,13 +177,12 @@ class PoseSmoother:
             time: seconds, later than in the call before.
         """
         self._filters = {n: entry for n, entry in self._filters.items() if time - entry[2] <= self._patience}
-        keypoints, boxes = result.keypoints.copy(), result.boxes.copy()
+        keypoints, extents = result.keypoints.copy(), result.extents
         for pose, number in enumerate(numbers.tolist()):
             if number == UNTRACKED:
                 continue
-            new = (OneEuroFilter(self._min_cutoff, self._beta), _area(result.boxes[pose]) ** 0.5, time)
+            new = (OneEuroFilter(self._min_cutoff, self._beta), _area(extents[pose]) ** 0.5, time)
             smoother, unit, _ = self._filters.get(number, new)
             keypoints[pose] = smoother(result.keypoints[pose] / unit, time) * unit
-            boxes[pose] = np.concatenate([keypoints[pose].min(0), keypoints[pose].max(0)])
             self._filters[number] = (smoother, unit, time)
-        return replace(result, keypoints=keypoints, boxes=boxes)
+        return replace(result, keypoints=keypoints).with_keypoint_threshold(result.keypoint_threshold)
