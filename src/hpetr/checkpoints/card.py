@@ -20,6 +20,7 @@ MARK = "<!-- Written by hpetr. Without this line it is never replaced. -->"
 BACKBONES = {"resnet": "ResNet", "swin": "Swin"}
 PAPERS = {
     "PETR": "PETR (Shi et al., CVPR 2022)",
+    "Group Pose": "Group Pose (Liu et al., ICCV 2023)",
     "H-PETR": "H-PETR (PETR with the hybrid matching of H-DETR, Jia et al., arXiv 2207.13080)",
 }
 
@@ -55,7 +56,7 @@ def model_card(
         evaluation: metrics of these weights, if known.
         tags: further tags of the metadata.
     """
-    method = "H-PETR" if config.num_one_to_many_queries else "PETR"
+    method = "Group Pose" if config.decoder == "group" else "H-PETR" if config.num_one_to_many_queries else "PETR"
     short = name.rpartition("/")[2]
     metadata = ModelCardData(
         license="apache-2.0",
@@ -149,17 +150,8 @@ def _refuse_own_text(folder: Path) -> None:
 
 
 def _results(evaluation: Evaluation) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type="coco-keypoints",
-            dataset_name=evaluation.data,
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in evaluation.metrics.items()
-        if value >= 0
-    ]
+    measured = {metric: round(value, 4) for metric, value in evaluation.metrics.items() if value >= 0}
+    return [EvalResult(TASK, "coco-keypoints", evaluation.data, metric, value) for metric, value in measured.items()]
 
 
 def _metrics(evaluation: Evaluation | None) -> str:

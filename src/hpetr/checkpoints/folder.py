@@ -38,14 +38,9 @@ MISSING, EXTRA, WRONG = "is missing", "belongs to no module", "has another shape
 
 @contextmanager
 def one_line(before: str, after: str = "") -> Iterator[None]:
-    """Raise every other exception as an InputError with the first line of its message.
-
-    For calls of libraries that check their input in many ways, each with its own kind of exception.
-    """
+    """Raise any exception as an InputError with the first line of its message; libraries raise many kinds."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(f"{before}{first_line(error)}{after}") from error
 
@@ -86,10 +81,8 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
         InputError: there is no such folder, or the hub gives none.
     """
     if is_hub_place(checkpoint):
-        try:
+        with one_line(f"{checkpoint}: "):
             return download(str(checkpoint))
-        except InputError as error:
-            raise InputError(f"{checkpoint}: {error}") from error
     if checkpoint is None or (str(checkpoint) == BUNDLED and not Path(BUNDLED).exists()):
         checkpoint = bundled_checkpoint()
     folder = Path(checkpoint)
@@ -132,8 +125,8 @@ def load_checkpoint(
     config = load_config(folder)
     files = weight_files(folder)
     processor = load_processor(folder)
+    _check_size(folder, config, files)
     with one_line(f"{folder / WEIGHTS}: cannot be read, truncated? (", ")"):
-        _check_size(folder, config, files)
         model, misfits = read_weights(HPetrForPoseEstimation, folder, config)
     _refuse(folder, misfits)
     _check_finite(folder, model)
@@ -169,10 +162,8 @@ def read_config(folder: Path, model_type: str) -> dict[str, Any]:
 
 def config_from(values: dict[str, Any], where: str) -> HPetrConfig:
     """Return the configuration of a dict; an InputError about its values begins with `where`."""
-    try:
+    with one_line(f"{where}: "):
         return HPetrConfig.from_dict(values)
-    except Exception as error:  # transformers checks keys of its own, each in its way
-        raise InputError(f"{where}: {first_line(error)}") from error
 
 
 def load_processor(folder: Path) -> HPetrImageProcessor:
@@ -183,10 +174,8 @@ def load_processor(folder: Path) -> HPetrImageProcessor:
     """
     if not (folder / PROCESSOR).is_file():
         raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside {CONFIG} (processor.save_pretrained)")
-    try:
+    with one_line(f"{folder / PROCESSOR}: "):
         return HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers checks keys of its own, each in its way
-        raise InputError(f"{folder / PROCESSOR}: {first_line(error)}") from error
 
 
 def build_on_meta(config: HPetrConfig) -> HPetrForPoseEstimation:
@@ -195,11 +184,8 @@ def build_on_meta(config: HPetrConfig) -> HPetrForPoseEstimation:
     Raises:
         InputError: no model can be built of this configuration.
     """
-    try:
-        with torch.device("meta"):
-            return HPetrForPoseEstimation(config)
-    except Exception as error:  # modules check their arguments, each in its way
-        raise InputError(f"config: no model can be built of it ({first_line(error)})") from error
+    with one_line("config: no model can be built of it (", ")"), torch.device("meta"):
+        return HPetrForPoseEstimation(config)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -245,13 +231,11 @@ def read_weights(kind: type[Model], folder: Path, config: PreTrainedConfig) -> t
 
 def _check_size(folder: Path, config: HPetrConfig, files: Sequence[Path]) -> None:
     """Refuse weights that are less than the configuration asks for, before there is memory for what it asks."""
-    try:
+    with one_line(f"{folder / CONFIG}: "):
         expected = {name: list(tensor.shape) for name, tensor in build_on_meta(config).state_dict().items()}
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {error}") from error
     stored: dict[str, list[int]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as content:
+        with one_line(f"{file}: cannot be read, truncated? (", ")"), safe_open(file, framework="pt") as content:
             stored |= {name: content.get_slice(name).get_shape() for name in content.keys()}
     if sum(map(math.prod, expected.values())) > sum(map(math.prod, stored.values())):
         wrong = [name for name, shape in expected.items() if stored.get(name) != shape]

@@ -22,7 +22,6 @@ def push_to_hub(
     *,
     evaluation: Evaluation | None = None,
     tags: Sequence[str] = (),
-    commit_message: str = "Upload model",
     private: bool | None = None,
     token: bool | str | None = None,
     **options: Any,
@@ -37,10 +36,9 @@ def push_to_hub(
         repo_id: `OWNER/NAME`.
         evaluation: metrics of these weights for the model card.
         tags: further tags of the card's metadata.
-        commit_message: the commit's first line.
         private: whether a new repository is private; None takes the owner's default.
         token: of the hub; None takes that of `hf auth login`.
-        options: `commit_description`, `revision`, `create_pr` of `HfApi.upload_folder`.
+        options: `commit_message`, `commit_description`, `revision`, `create_pr` of `HfApi.upload_folder`.
     """
     api = HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -50,7 +48,6 @@ def push_to_hub(
         return api.upload_folder(
             repo_id=name,
             folder_path=folder,
-            commit_message=commit_message,
             ignore_patterns=[CARD] if api.file_exists(name, CARD) else [],
-            **options,
+            **{"commit_message": "Upload model", **options},
         )
