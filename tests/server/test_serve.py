@@ -1,7 +1,8 @@
-"""`hpetr serve`: a real server process, every kind of error, and the line in front of the model."""
+"""`hpetr serve`: a real server process, every kind of error, and the queue in front of the model."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import signal
@@ -28,7 +29,7 @@ from hpetr.server import run
 from hpetr.server.app import Service
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import Limits, Refusal, check_image
-from hpetr.server.run import listen, make_server
+from hpetr.server.run import HeadTimeout, listen, make_server
 from paths import ROOT
 from serving import ServerProcess, save_small_checkpoint
 
@@ -127,9 +128,9 @@ def test_only_poses_above_the_threshold_are_given(server: ServerProcess, predict
     assert answer["threshold"] == pytest.approx(middle)
 
 
-def test_a_image_lies_as_exif_says(server: ServerProcess) -> None:
+def test_exif_orientation_is_applied(server: ServerProcess) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn it to the right
+    exif[0x0112] = 6  # rotate to the right
     _, _, answer = server.post(encoded(48, 64, kind="JPEG", exif=exif))
     assert answer["image"] == {"width": 48, "height": 64}
 
@@ -155,7 +156,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_bad_upload_is_told_in_one_sentence(server: ServerProcess, case: str) -> None:
+def test_a_bad_upload_is_refused_in_one_sentence(server: ServerProcess, case: str) -> None:
     body, headers, status, kind, says = WRONG[case]
     got, _, answer = server.post(body, headers)
     assert (got, answer["kind"]) == (status, kind)
@@ -193,7 +194,7 @@ def test_pages_about_the_server(server: ServerProcess, predictor: PosePredictor)
     assert {"200", "413", "415", "422", "503"} <= set(operation["responses"])
     status, headers, page = server.get("/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert not re.findall(r"https?://|src=|@import", page.decode()), "the page asks nobody else"
+    assert not re.findall(r"https?://|src=|@import", page.decode()), "the page sends requests to other servers"
 
 
 def test_only_this_machine_gets_in(server: ServerProcess) -> None:
@@ -226,8 +227,8 @@ def test_metrics_count_requests_and_failures_by_kind(server: ServerProcess) -> N
     assert after["process_resident_memory_bytes"] > 1e6
 
 
-def test_a_full_queue_sends_away_and_a_client_that_goes_frees_its_place(server: ServerProcess) -> None:
-    begun = [server.begin_upload() for _ in range(QUEUE)]  # uploads that go on count
+def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(server: ServerProcess) -> None:
+    begun = [server.begin_upload() for _ in range(QUEUE)]  # unfinished uploads count
     server.wait_for(lambda: metrics(server)["hpetr_admitted"] == QUEUE)
     status, headers, answer = server.post(encoded())
     assert (status, answer["kind"]) == (503, "queue_full")
@@ -286,11 +287,11 @@ def test_the_example_client_of_the_docs_runs(server: ServerProcess, capsys: pyte
     assert capsys.readouterr().out.startswith("10 poses")
 
 
-# The line in front of the model, without HTTP.
+# The queue in front of the model, without HTTP.
 
 
 class Gate:
-    """Stops a batcher after its first batch until it is opened, and notes the sizes of all batches."""
+    """Stops a batcher after its first batch until it is opened, and records the sizes of all batches."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.sizes: list[int] = []
@@ -314,7 +315,7 @@ def submit(batcher: Batcher, data: bytes, threshold: float = 0.0) -> Future[Any]
     return job.future
 
 
-def test_images_that_wait_go_together_when_they_need_no_padding(predictor: PosePredictor) -> None:
+def test_waiting_images_share_a_batch_when_they_need_no_padding(predictor: PosePredictor) -> None:
     batcher = Batcher(predictor, capacity=20, batch_size=3, max_pixels=10**6)
     gate = Gate(batcher)
     wide = [encoded(48, 64, seed) for seed in range(4)]
@@ -323,7 +324,7 @@ def test_images_that_wait_go_together_when_they_need_no_padding(predictor: PoseP
     broken = submit(batcher, encoded(48, 64)[:-300])
     gate.open.set()
     batcher.close(60)
-    # The oldest, and those like it; then the oldest of the rest; the broken one is alone with nobody to go with.
+    # The oldest and those like it; then the oldest of the rest; the broken one does not reach the network.
     assert gate.sizes == [1, 3, 2, 3]
     assert batcher.admitted == batcher.waiting == 0
     order = [data for pair in zip(wide, [*tall, wide[0], wide[1]], strict=True) for data in pair]
@@ -355,7 +356,7 @@ def test_each_of_a_batch_gets_its_threshold(predictor: PosePredictor) -> None:
     assert [len(job.result()) for job in jobs] == [10, 3, 0]
 
 
-def test_a_cancelled_image_leaves_the_line(predictor: PosePredictor) -> None:
+def test_a_cancelled_image_leaves_the_queue(predictor: PosePredictor) -> None:
     batcher = Batcher(predictor, capacity=4, batch_size=1, max_pixels=10**6)
     gate = Gate(batcher)
     kept, dropped, also_kept = (submit(batcher, encoded()) for _ in range(3))
@@ -374,7 +375,7 @@ def test_a_failure_of_the_model_is_answered_and_the_next_batch_runs(predictor: P
     head = predictor.model.backbone
     weights = next(head.parameters())
     saved = weights.data
-    weights.data = torch.zeros(1)  # of no use to any layer
+    weights.data = torch.zeros(1)  # of a shape that no layer accepts
     failed = submit(batcher, encoded())
     with pytest.raises(RuntimeError):
         failed.result(30)
@@ -384,7 +385,7 @@ def test_a_failure_of_the_model_is_answered_and_the_next_batch_runs(predictor: P
     assert not batcher.alive
 
 
-def test_what_is_over_the_capacity_is_refused(predictor: PosePredictor) -> None:
+def test_requests_over_the_capacity_are_refused(predictor: PosePredictor) -> None:
     batcher = Batcher(predictor, capacity=2, batch_size=1, max_pixels=10**6)
     batcher.admit()
     batcher.admit()
@@ -433,8 +434,8 @@ def test_a_slow_upload_ends(predictor: PosePredictor) -> None:
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
-def test_a_request_whose_head_does_not_come_ends(predictor: PosePredictor) -> None:
-    """Neither a silent connection nor one that starts a second request may keep its place for ever."""
+def test_a_request_without_a_complete_head_ends(predictor: PosePredictor) -> None:
+    """Neither a silent connection nor one that starts a second request keeps its place without limit."""
     with ServerThread(Service(predictor, "small", Limits(timeout=0.5))) as server:
         address = ("127.0.0.1", server.port)
         with socket.create_connection(address, 60) as silent, socket.create_connection(address, 60) as second:
@@ -445,20 +446,41 @@ def test_a_request_whose_head_does_not_come_ends(predictor: PosePredictor) -> No
             assert silent.recv(4096) == second.recv(4096) == b""
 
 
-def test_more_connections_than_allowed_are_sent_away(predictor: PosePredictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_clients_on_all_connections_do_not_keep_others_out(
+    predictor: PosePredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "MAX_CONNECTIONS", 8)
-    with ServerThread(Service(predictor, "small")) as server, ExitStack() as others:
+    with ServerThread(Service(predictor, "small", Limits(timeout=5))) as server, ExitStack() as silent:
         for _ in range(8):
-            others.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            silent.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         with server.send(encoded()) as connection:
             assert whole_answer(connection).startswith("HTTP/1.1 503")
-        others.close()
 
         def taken() -> bool:
             with server.send(b"text") as connection:
                 return whole_answer(connection).startswith("HTTP/1.1 415")
 
         until(taken)
+
+
+def test_a_connection_in_use_is_not_closed_as_silent() -> None:
+    """The application is busy with one client for longer than the limit; another one is silent for as long."""
+
+    async def busy(scope: Any, receive: Any, send: Any) -> None:
+        await app.close_late()
+
+    class Connection:
+        def __init__(self, client: tuple[str, int]) -> None:
+            self.client, self.closed, self.transport = client, False, self
+
+        def close(self) -> None:
+            self.closed = True
+
+    app = HeadTimeout(busy, 0.0)
+    active, silent = Connection(("127.0.0.1", 1)), Connection(("127.0.0.1", 2))
+    app.connections = {active, silent}
+    asyncio.run(app({"client": ("127.0.0.1", 1)}, None, None))
+    assert (active.closed, silent.closed) == (False, True)
 
 
 def whole_answer(connection: socket.socket) -> str:
@@ -469,7 +491,7 @@ def whole_answer(connection: socket.socket) -> str:
     return b"".join(parts).decode()
 
 
-def test_who_goes_or_waits_too_long_is_out_of_the_line(predictor: PosePredictor) -> None:
+def test_clients_that_leave_or_wait_too_long_are_out_of_the_queue(predictor: PosePredictor) -> None:
     service = Service(predictor, "small", Limits(timeout=3))
     gate = Gate(service.batcher)  # the model is busy from here on
     with ServerThread(service) as server:

@@ -30,7 +30,7 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, Pose
 from hpetr.checkpoints.folder import save_checkpoint
 from hpetr.cli.main import app
 from hpetr.cli.video import predict_and_report
-from hpetr.video.run import VideoOptions, predict_videos
+from hpetr.video.run import Progress, VideoOptions, predict_videos
 from paths import EXAMPLES
 from training_runs import SMALL_MODEL
 
@@ -55,7 +55,7 @@ def predictor(model: Path) -> PosePredictor:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hpetr.cli.main", "predict", *map(str, arguments)]
+    return [sys.executable, "-m", "hpetr.cli", "predict", *map(str, arguments)]
 
 
 def hpetr(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -63,52 +63,6 @@ def hpetr(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120
     )
-
-
-class Forked:
-    """`hpetr predict` in a fork of this process, which spares it the seconds of importing torch."""
-
-    def __init__(self, *arguments: object, cwd: Path) -> None:
-        self._said = cwd / "stdout", cwd / "stderr"
-        self.code: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.chdir(cwd)
-            for number, path in enumerate(self._said, start=1):
-                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
-            # A test run in a shell's background inherits that Ctrl-C is ignored.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            try:
-                app(["predict", *map(str, arguments)])
-            except SystemExit as end:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(end.code if isinstance(end.code, int) else 1)
-            finally:
-                os._exit(1)
-
-    def wait_for(self, pattern: str, folder: Path) -> None:
-        """Until a file appears, or the process has ended without it."""
-        deadline = time.monotonic() + 60
-        while not list(folder.glob(pattern)) and not self.ended() and time.monotonic() < deadline:
-            time.sleep(0.02)
-
-    def ended(self) -> bool:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code is not None
-
-    def end(self, number: int) -> tuple[int | None, str, str]:
-        """Send a signal; the exit code, stdout and stderr."""
-        os.kill(self.pid, number)
-        deadline = time.monotonic() + 60
-        while not self.ended():
-            if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
-            time.sleep(0.02)
-        return self.code, *(path.read_text() for path in self._said)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +178,7 @@ def test_colors_are_kept(predictor: PosePredictor, tmp_path: Path, colors: tuple
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - red).max() < 6
 
 
-def test_tracks_keep_their_numbers_and_stand_in_every_line(predictor: PosePredictor, tmp_path: Path) -> None:
+def test_tracks_keep_their_numbers_and_are_in_every_line(model: Path, tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "still.mp4", range(1))
     with av.open(str(clip), "w") as container:
         video = container.add_stream("h264", rate=RATE)
@@ -232,8 +186,7 @@ def test_tracks_keep_their_numbers_and_stand_in_every_line(predictor: PosePredic
         for _ in range(12):
             container.mux(video.encode(av.VideoFrame.from_ndarray(numbered(5), format="rgb24")))
         container.mux(video.encode(None))
-    sure = PosePredictor.__new__(PosePredictor)
-    sure.model, sure.processor, sure.threshold = predictor.model, predictor.processor, 0.0
+    sure = PosePredictor(model, device="cpu", threshold=0.0)
     for options in (VideoOptions(track=True), VideoOptions(smooth=True)):
         run = predict_videos(sure, [str(clip)], tmp_path / "out", options=options)
         lines = read_lines(run.results)
@@ -418,48 +371,50 @@ def test_a_terminal_shows_progress_and_frames_per_second(
     assert re.search(r"…\S*/clip0/clip\.mp4 .*60/60.* \d+\.\d frames/s", b"".join(shown).decode()), shown
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_interrupted_and_killed(model: Path, tmp_path: Path) -> None:
-    """Ctrl-C and SIGTERM leave files that are whole as far as they go; a kill leaves none under a final name."""
-    long = make_clip(tmp_path / "long.mp4", range(1000), sound="aac")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        place = tmp_path / number.name
-        place.mkdir()
-        process = Forked(long, "--checkpoint", model, cwd=place)
-        process.wait_for("outputs/.long.mp4.*", place)
-        time.sleep(0.2)
-        code, output, errors = process.end(number)
-        left = sorted(path.name for path in (place / "outputs").iterdir())
-        if number == signal.SIGKILL:
-            assert left
-            assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
-            continue
-        assert (code, errors) == (130, "interrupted\n")
-        assert left == ["long.mp4", "predictions.jsonl"]
-        numbers, _ = read_clip(place / "outputs" / "long.mp4")
-        lines = read_lines(place / "outputs" / "predictions.jsonl")
-        assert 0 < len(numbers) < 1000
-        assert numbers == [line["frame"] for line in lines] == list(range(len(numbers)))
-        assert f"{len(numbers)} frames in, {len(numbers)} drawn" in output
-        assert len(read_sound(place / "outputs" / "long.mp4")) > 0
+class Interrupting(Progress):
+    """Raises a signal when a number of frames is done."""
+
+    def __init__(self, number: signal.Signals, frames: int) -> None:
+        self.number, self.left = number, frames
+
+    def advance(self, frames: int) -> None:
+        self.left -= frames
+        if self.left == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_video_is_complete_as_far_as_it_goes(
+    predictor: PosePredictor, tmp_path: Path, number: signal.Signals
+) -> None:
+    long = make_clip(tmp_path / "long.mp4", range(200), sound="aac")
+    before = signal.getsignal(number)
+    run = predict_videos(predictor, [str(long)] * 2, tmp_path / "out", progress=Interrupting(number, 20))
+    assert signal.getsignal(number) == before
+    assert run.interrupted
+    assert [report.frames for report in run.videos] == [20], "the second video is not begun"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["long.mp4", "predictions.jsonl"]
+    assert read_clip(tmp_path / "out" / "long.mp4")[0] == list(range(20))
+    assert [line["frame"] for line in read_lines(run.results)] == list(range(20))
+    assert len(read_sound(tmp_path / "out" / "long.mp4")) > 0
 
 
 @pytest.fixture
 def live_stream(tmp_path: Path) -> Iterator[str]:
-    """The URL of a broadcast without end or length, 25 frames a second."""
+    """The URL of a broadcast that does not end before the test: half of it at once, the rest in small pieces."""
     data = make_clip(tmp_path / "live.ts", range(1000)).read_bytes()
+    ended = threading.Event()
 
     class Broadcast(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            try:
-                self.wfile.write(data[: len(data) // 2])  # what has happened so far
-                for start in range(len(data) // 2, len(data), len(data) // 200):
-                    self.wfile.write(data[start : start + len(data) // 200])
-                    time.sleep(0.2)
-            except OSError:
-                pass
+            with suppress(OSError):  # the reader is gone
+                self.wfile.write(data[: len(data) // 2])
+                for start in range(len(data) // 2, len(data), len(data) // 500):
+                    if ended.wait(0.5):
+                        return
+                    self.wfile.write(data[start : start + len(data) // 500])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -467,22 +422,43 @@ def live_stream(tmp_path: Path) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Broadcast)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/cam1"
+    ended.set()
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_live_stream_drops_what_it_cannot_keep_up_with_and_says_so(
-    model: Path, live_stream: str, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_live_stream_is_interrupted_or_killed(
+    model: Path, live_stream: str, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = Forked(live_stream, "--checkpoint", model, cwd=tmp_path)
-    process.wait_for("outputs/.cam1.mp4.*", tmp_path)
-    time.sleep(1)
-    code, _, errors = process.end(signal.SIGINT)
-    assert code == 130, errors
-    numbers, _ = read_clip(tmp_path / "outputs" / "cam1.mp4")
-    lines = read_lines(tmp_path / "outputs" / "predictions.jsonl")
-    assert numbers == [line["frame"] for line in lines]
+    """Frames in the files and dropped ones add up; a killed process leaves nothing under a final name."""
+    process = subprocess.Popen(
+        command(live_stream, "--checkpoint", model),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in a shell's background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    outputs = tmp_path / "outputs"
+    while not list(outputs.glob(".cam1.mp4.*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    left = sorted(path.name for path in outputs.iterdir())
+    if number == signal.SIGKILL:
+        assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
+        return
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("interrupted\n")
+    assert left == ["cam1.mp4", "predictions.jsonl"]
+    numbers, _ = read_clip(outputs / "cam1.mp4")
+    assert numbers == [line["frame"] for line in read_lines(outputs / "predictions.jsonl")]
     assert numbers == sorted(set(numbers))
-    dropped = int(errors.split(" frames dropped")[0].split()[-1])
-    assert dropped >= numbers[-1] + 1 - len(numbers) > 0
+    dropped = [int(count) for count in re.findall(r"(\d+) frames? dropped", stderr)]
+    assert sum(dropped) >= numbers[-1] + 1 - len(numbers)
+    assert f"{len(numbers)} frames in, {len(numbers)} drawn" in stdout.replace("1 frame in", "1 frames in")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 
 from clips import HEIGHT, WIDTH, make_clip, read_number
 from hpetr import InputError
+from hpetr.poses.skeleton import COCO
 from hpetr.video import file_source
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.naming import output_stem, public_name, split_inputs
 from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.tracking import PoseTracker
 
 
 class Counting(Source):
@@ -83,6 +86,19 @@ def test_closing_a_queue_ends_a_thread_that_waits_for_room() -> None:
     with FrameQueue(source, capacity=2):
         pass
     assert source.closed.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [("av", lambda: open_source("clip.mp4")), ("scipy.optimize", lambda: PoseTracker(COCO.sigmas, 0.3))],
+)
+def test_missing_package_is_one_line_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, use: Callable[[], object]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "hpetr.video.file_source")
+    with pytest.raises(InputError, match=rf'{package} is missing, expected after pip install .* "\.\[video\]"'):
+        use()
 
 
 def test_videos_are_split_from_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

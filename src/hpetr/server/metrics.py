@@ -33,9 +33,7 @@ class Metrics:
             "hpetr_batch_size", "Images in a forward pass.", buckets=BATCH_SIZES, registry=self.registry
         )
         Gauge("hpetr_queue_length", "Images in the queue.", registry=self.registry).set_function(waiting)
-        Gauge("hpetr_admitted", "Requests in progress.", registry=self.registry).set_function(
-            admitted
-        )
+        Gauge("hpetr_admitted", "Requests in progress.", registry=self.registry).set_function(admitted)
 
     def count_batch(self, images: int, seconds: float) -> None:
         """Count one batch."""

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +177,8 @@ class _VideoWork:
     ) -> None:
         self._predictor, self._source, self._lines = predictor, source, lines
         self._target, self._video, self._options = target, video, options
-        self._tracker: PoseTracker | None = None
-        if options.track or options.smooth:
-            self._tracker = PoseTracker(predictor.skeleton.sigmas, predictor.threshold)
+        is_tracked = options.track or options.smooth
+        self._tracker = PoseTracker(predictor.skeleton.sigmas, predictor.threshold) if is_tracked else None
         self._smoother = PoseSmoother() if options.smooth else None
         self._sink: VideoSink | None = None
         self._report = VideoReport(source.name)
@@ -194,15 +193,13 @@ class _VideoWork:
         try:
             with FrameQueue(source, size if source.live else 2 * size) as frames:
                 with ThreadPoolExecutor(1, thread_name_prefix="writing") as writer:
-                    written: Future[None] | None = None
+                    written = writer.submit(lambda: None)
                     while batch := frames.take(size, interruption.is_set):
                         found = predictor.predict([frame.image for frame in batch], threshold)
-                        if written is not None:
-                            written.result()
+                        written.result()
                         written = writer.submit(self._write, batch, found)
                         progress.advance(len(batch))
-                    if written is not None:
-                        written.result()
+                    written.result()
                 if self._sink is not None:
                     self._sink.close(() if interruption.is_set() else source.late_sound)
         except BaseException:
