@@ -83,7 +83,7 @@ def all_commands() -> list[tuple[list[str], Any]]:
 def check_synopsis(command: str) -> None:
     """Check that the command exists, and so do all options that are named."""
     words = command.replace("[", " ").replace("]", " ").replace("|", " ").split()
-    words = words[words.index("hpetr.cli" if "hpetr.cli" in words else "hpetr") + 1 :]
+    words = words[words.index("hpetr") + 1 :]
     found, rest = find_command([word for word in words if word not in ("OPTIONS", "COMMAND")])
     known = {option for parameter in found.params for option in [*parameter.opts, *parameter.secondary_opts]}
     named = {word.rstrip(".,") for word in rest if re.match(r"--?[a-z]", word)}
@@ -115,7 +115,7 @@ def run_hpetr(words: list[str]) -> str:
 def _torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = torchrun_parser().parse_args(words)
     assert arguments.module
-    assert arguments.training_script == "hpetr.cli"
+    assert arguments.training_script == "hpetr"
     parse(arguments.training_script_args)
 
 
@@ -131,7 +131,7 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if words[1] == "hpetr.runtime":
             assert run_exported(words[2:]) == 0
             return
-        assert words[1] == "hpetr.cli"
+        assert words[1] == "hpetr"
         parse(words[2:])
         return
     script = ROOT / words[0]
@@ -176,7 +176,7 @@ def _pip(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def _sbatch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = words
     content = (ROOT / script).read_text()
-    (ours,) = re.findall(r"-m hpetr\.cli (.*)", content)
+    (ours,) = re.findall(r"-m hpetr (.*)", content)
     parse(shlex.split(ours.replace('"$@"', shlex.join(arguments))))
 
 
@@ -211,7 +211,7 @@ PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run or parse a command, and return the output of `hpetr`."""
     if is_synopsis(command):
-        if "hpetr " in command or "hpetr.cli" in command:
+        if re.search(r"\bhpetr ", command):
             check_synopsis(command)
         return ""
     program, *rest = split(command)

@@ -26,6 +26,19 @@ def field_options(value: Any) -> dict[str, Any]:
     return {one.name: one.value for one in value.arguments if isinstance(one, griffe.ExprKeyword)}
 
 
+def plain_annotation(annotation: Any, module: griffe.Module) -> Any:
+    """Return a type without its checks: int of `Size`, where `Size = Annotated[int, Range(...)]`."""
+    alias = module.members.get(str(annotation))
+    if alias is not None and not alias.is_alias and alias.is_attribute and isinstance(alias.value, griffe.Expr):
+        return plain_annotation(alias.value, module)
+    if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left) == "Annotated":
+        return plain_annotation(annotation.slice.elements[0], module)
+    if isinstance(annotation, griffe.ExprBinOp):
+        left, right = (plain_annotation(side, module) for side in (annotation.left, annotation.right))
+        return griffe.ExprBinOp(left, annotation.operator, right)
+    return annotation
+
+
 class ClassParameters(griffe.Extension):
     """Gives such classes an `__init__`, and a table of the parameters whose descriptions are in the fields."""
 
@@ -49,7 +62,7 @@ class ClassParameters(griffe.Extension):
             parameters.append(
                 griffe.Parameter(
                     name,
-                    annotation=attribute.annotation,
+                    annotation=plain_annotation(attribute.annotation, cls.module),
                     kind=griffe.ParameterKind.keyword_only,
                     default=options.get("default"),
                 )
