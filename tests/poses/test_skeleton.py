@@ -120,7 +120,10 @@ def test_unknown_names_get_the_fallback_sigma_and_a_warning(caplog):
     [
         ({"name": "cat"}, "'keypoints'"),
         ({"name": "cat", "keypoints": []}, "'keypoints'"),
-        ({"name": "cat", "keypoints": ["a", "b"], "skeleton": [[0, 1]]}, "edges"),
+        (
+            {"name": "cat", "keypoints": ["a", "b"], "skeleton": [[0, 1]]},
+            r"'skeleton' has \[0, 1\], expected two different indices in 1..2",
+        ),
         ({"name": "cat", "keypoints": ["a", "b"], "skeleton": [[1]]}, "pairs"),
         ({"name": "cat", "keypoints": ["a", "b"], "sigmas": [0.1]}, "1 sigmas"),
     ],
@@ -129,3 +132,30 @@ def test_invalid_categories_name_the_category(category, words):
     with pytest.raises(InputError, match=words) as caught:
         Skeleton.from_coco_category(category)
     assert "'cat'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("category", "can_flip"),
+    [
+        ({"keypoints": ["a", "b"]}, False),
+        ({"keypoints": ["a", "b"], "flip_idx": [0, 1]}, True),
+        ({"keypoints": ["a", "b"], "flip_idx": [1, 0]}, True),
+        ({"keypoints": ["left_a", "right_a", "b"]}, True),
+        ({"keypoints": ["a"]}, True),
+        ({"keypoints": list(COCO.names)}, True),
+    ],
+)
+def test_mirror_pairs_that_are_not_given_are_no_identity(category, can_flip):
+    skeleton = Skeleton.from_coco_category(category)
+    assert skeleton.can_flip == can_flip
+    assert Skeleton.from_dict(json.loads(json.dumps(skeleton.to_dict()))) == skeleton
+    assert ("can_flip" in skeleton.to_dict()) != can_flip
+
+
+def test_unknown_mirror_pairs_differ_from_none():
+    names, sigmas = ("a", "b"), (0.1, 0.1)
+    unknown = Skeleton(names, (), (), sigmas, can_flip=False)
+    pair, identity = Skeleton(names, (), ((0, 1),), sigmas), Skeleton(names, (), (), sigmas)
+    assert unknown.difference(pair) is None
+    assert pair.difference(unknown) is None
+    assert pair.difference(identity) == "the mirror image of 'a' is 'b' and 'a'"

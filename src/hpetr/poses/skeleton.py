@@ -1,4 +1,4 @@
-"""Skeletons: the joints of one kind of pose, how they connect, mirror and how exactly people can place them."""
+"""Skeletons: the keypoints of one category, their limbs, mirror pairs and the precision of annotators."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Skeleton:
         flip_pairs: pairs (left, right) of 0-based indices that change places in a mirrored image. A keypoint
             belongs to at most one pair; one without a pair stays itself.
         sigmas: K positive standard deviations of OKS, relative to the square root of the object's area.
+        can_flip: False if the data do not say which keypoints change places, so that no image may be mirrored.
 
     Raises:
         InputError: lengths disagree, an index is out of range, a keypoint is in two flip pairs, or a sigma is not
@@ -39,6 +40,7 @@ class Skeleton:
     edges: tuple[tuple[int, int], ...]
     flip_pairs: tuple[tuple[int, int], ...]
     sigmas: tuple[float, ...]
+    can_flip: bool = True
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -47,19 +49,18 @@ class Skeleton:
         for name in self.names:
             if not is_text(name):
                 raise InputError(f"skeleton: name {name!r} is half of a surrogate pair, expected text")
-        if len(set(self.names)) != count:
-            raise InputError(f"skeleton: names repeat ({_first_repeated(self.names)!r}), expected distinct names")
+        if (repeated := _first_repeated(self.names)) is not None:
+            raise InputError(f"skeleton: names repeat ({repeated!r}), expected distinct names")
         if len(self.sigmas) != count:
             raise InputError(f"skeleton: {len(self.sigmas)} sigmas, expected {count}, one for each keypoint name")
         for name, sigma in zip(self.names, self.sigmas, strict=True):
             if not (isfinite(sigma) and sigma > 0):
                 raise InputError(f"skeleton: sigma of {name!r} is {sigma}, expected a positive number")
-        _check_pairs("edges", self.edges, count)
-        _check_pairs("flip_pairs", self.flip_pairs, count)
-        flipped = [index for pair in self.flip_pairs for index in pair]
-        if len(set(flipped)) != len(flipped):
-            repeated = self.names[_first_repeated(flipped)]
-            raise InputError(f"skeleton: flip_pairs uses keypoint {repeated!r} twice, expected each at most once")
+        for field, pairs in (("edges", self.edges), ("flip_pairs", self.flip_pairs)):
+            _check_pairs(f"skeleton: {field}", pairs, range(count))
+        if (index := _first_repeated([index for pair in self.flip_pairs for index in pair])) is not None:
+            name = self.names[index]
+            raise InputError(f"skeleton: flip_pairs uses keypoint {name!r} twice, expected each at most once")
 
     @property
     def num_keypoints(self) -> int:
@@ -75,11 +76,11 @@ class Skeleton:
         return index
 
     def difference(self, other: Skeleton, *, sigmas: bool = True) -> str | None:
-        """In words, the first thing in which labels of the two do not mean the same; None where they do.
+        """Return the first difference that changes the meaning of labels, in words, or None.
 
         Args:
-            other: is named second.
-            sigmas: whether they count. Edges, which only drawing uses, never do.
+            other: named second.
+            sigmas: whether they count. Edges never do, since only drawing uses them.
         """
         if self.num_keypoints != other.num_keypoints:
             return f"{self.num_keypoints} and {other.num_keypoints}"
@@ -87,7 +88,7 @@ class Skeleton:
             if name != theirs:
                 return f"keypoint {index} is {name!r} and {theirs!r}"
         for name, *mirrored in zip(self.names, self.flip_index, other.flip_index, strict=True):
-            if mirrored[0] != mirrored[1]:
+            if self.can_flip and other.can_flip and mirrored[0] != mirrored[1]:
                 images = " and ".join(repr(self.names[index]) for index in mirrored)
                 return f"the mirror image of {name!r} is {images}"
         for name, sigma, other_sigma in zip(self.names, self.sigmas, other.sigmas, strict=True):
@@ -96,30 +97,32 @@ class Skeleton:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON and YAML; `from_dict` reads them back."""
+        """Return plain lists, for JSON and YAML; `from_dict` reads them back."""
         return {
             "names": list(self.names),
             "edges": [list(edge) for edge in self.edges],
             "flip_pairs": [list(pair) for pair in self.flip_pairs],
             "sigmas": list(self.sigmas),
+            **({} if self.can_flip else {"can_flip": False}),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Skeleton:
-        """The skeleton that `to_dict` wrote.
+        """Read what `to_dict` wrote.
 
         Raises:
             InputError: a key is missing, unknown or of the wrong type, or the skeleton is not valid.
         """
         expected = {"names", "edges", "flip_pairs", "sigmas"}
-        if not isinstance(values, Mapping) or set(values) != expected:
+        if not isinstance(values, Mapping) or set(values) - {"can_flip"} != expected:
             raise InputError(f"skeleton: expected exactly the keys {sorted(expected)}")
         try:
             return cls(
-                names=tuple(str(name) for name in values["names"]),
+                names=tuple(map(str, values["names"])),
                 edges=_pairs(values["edges"]),
                 flip_pairs=_pairs(values["flip_pairs"]),
-                sigmas=tuple(float(sigma) for sigma in values["sigmas"]),
+                sigmas=tuple(map(float, values["sigmas"])),
+                can_flip=values.get("can_flip", True) is True,
             )
         except InputError:
             raise
@@ -128,26 +131,24 @@ class Skeleton:
 
     @classmethod
     def generic(cls, num_keypoints: int) -> Skeleton:
-        """K keypoints of which nothing is known: no edges, no flip pairs, every sigma `FALLBACK_SIGMA`."""
+        """Return K unknown keypoints: no edges, no flip pairs, every sigma `FALLBACK_SIGMA`."""
+        names = tuple(f"keypoint_{index}" for index in range(num_keypoints))
         return cls(
-            names=tuple(f"keypoint_{index}" for index in range(num_keypoints)),
-            edges=(),
-            flip_pairs=(),
-            sigmas=(FALLBACK_SIGMA,) * num_keypoints,
+            names, edges=(), flip_pairs=(), sigmas=(FALLBACK_SIGMA,) * num_keypoints, can_flip=num_keypoints == 1
         )
 
     @classmethod
     def from_coco_category(cls, category: Mapping[str, Any]) -> Skeleton:
-        """The skeleton of one entry of `categories` in a COCO keypoint JSON.
+        """Read one entry of `categories` in a COCO keypoint JSON.
 
-        `keypoints` gives the names; with COCO's or CrowdPose's (`head` or `top_head`) everything that the entry leaves
-        out is theirs. Optional keys:
+        `keypoints` gives the names. If they are COCO's or CrowdPose's (`head` or `top_head`), the defaults are theirs.
+        Optional keys:
 
         - `skeleton`: the edges, 1-based.
         - `flip_idx`: K 0-based indices, keypoint i of a mirrored image is keypoint flip_idx[i] of the original. Else
           flip pairs come from names that differ only in left / right (`left_eye`, `eyeRight`), in a prefix or suffix
-          l / r (`l_eye`, `eye.L`, `eye-r`).
-        - `sigmas`: K numbers. Else, for names that are nobody's, `FALLBACK_SIGMA`, with a warning in the log.
+          l / r (`l_eye`, `eye.L`, `eye-r`); if no names do, the skeleton cannot be flipped.
+        - `sigmas`: K numbers. The default for other names is `FALLBACK_SIGMA`, with a warning in the log.
 
         Raises:
             InputError: `keypoints` is missing or empty, or another key is not valid.
@@ -159,9 +160,12 @@ class Skeleton:
         known = known_skeleton(names)
         names = tuple(names) if known is None else known.names
         try:
-            edges, flip_idx = _category_edges(category.get("skeleton"), known), category.get("flip_idx")
+            edges, flip_idx = _category_edges(category.get("skeleton"), known, len(names)), category.get("flip_idx")
             flip_pairs = _infer_flip_pairs(names) if flip_idx is None else flip_pairs_of(flip_idx, len(names))
-            return cls(names, edges, flip_pairs, _category_sigmas(label, names, category.get("sigmas"), known))
+            sigmas = _category_sigmas(label, names, category.get("sigmas"), known)
+            return cls(
+                names, edges, flip_pairs, sigmas, can_flip=flip_idx is not None or bool(flip_pairs) or len(names) == 1
+            )
         except InputError as error:
             raise InputError(f"{label}: {error}") from error
         except (TypeError, ValueError) as error:
@@ -169,7 +173,7 @@ class Skeleton:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written: JSON and YAML can also hold halves of surrogate pairs."""
+    """Return whether a string can be written: JSON and YAML can also hold halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -178,7 +182,7 @@ def is_text(text: str) -> bool:
 
 
 def known_skeleton(names: Sequence[str]) -> Skeleton | None:
-    """COCO or CROWDPOSE where the keypoint names are theirs, in their order; CrowdPose's own files say `head`."""
+    """Return COCO or CROWDPOSE if the keypoint names are theirs, in their order; CrowdPose's own files say `head`."""
     names = tuple(names)
     if names == COCO.names:
         return COCO
@@ -187,10 +191,10 @@ def known_skeleton(names: Sequence[str]) -> Skeleton | None:
 
 
 def flip_pairs_of(flip_index: Any, num_keypoints: int) -> tuple[tuple[int, int], ...]:
-    """The flip pairs of a permutation such as `Skeleton.flip_index`, the lower index first.
+    """Return the flip pairs of a permutation such as `Skeleton.flip_index`, the lower index first.
 
     Raises:
-        InputError: it is not K whole numbers, or two keypoints do not simply change places.
+        InputError: it is not K whole numbers, or more than two keypoints change places.
     """
     if not isinstance(flip_index, (list, tuple)) or not all(type(index) is int for index in flip_index):
         raise InputError(f"'flip_idx' is {flip_index!r}, expected a list of {num_keypoints} keypoint indices")
@@ -209,42 +213,39 @@ def flip_pairs_of(flip_index: Any, num_keypoints: int) -> tuple[tuple[int, int],
 
 
 def unpaired_sides(skeleton: Skeleton) -> list[str]:
-    """Names that speak of left or right (see `Skeleton.from_coco_category`) though their keypoint has no flip pair."""
+    """Return the names with a side (see `Skeleton.from_coco_category`) whose keypoint has no flip pair."""
     paired = {index for pair in skeleton.flip_pairs for index in pair}
     return [name for index, name in enumerate(skeleton.names) if index not in paired and _side(name) is not None]
 
 
-def _check_pairs(field: str, pairs: Sequence[tuple[int, int]], count: int) -> None:
+def _check_pairs(field: str, pairs: Sequence[tuple[int, ...]], allowed: range) -> None:
     for pair in pairs:
-        if len(pair) != 2 or pair[0] == pair[1] or not all(0 <= index < count for index in pair):
-            raise InputError(f"skeleton: {field} has {tuple(pair)}, expected two different indices in 0..{count - 1}")
+        if len(pair) != 2 or pair[0] == pair[1] or not all(index in allowed for index in pair):
+            expected = f"two different indices in {allowed.start}..{allowed.stop - 1}"
+            raise InputError(f"{field} has {list(pair)}, expected {expected}")
 
 
 def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
-    pairs = []
-    for first, second in values:
-        if int(first) != first or int(second) != second:
+    pairs = tuple((int(first), int(second)) for first, second in values)
+    for pair, (first, second) in zip(pairs, values, strict=True):
+        if pair != (first, second):
             raise ValueError(f"index pair ({first}, {second}) is not of whole numbers")
-        pairs.append((int(first), int(second)))
-    return tuple(pairs)
+    return pairs
 
 
 def _first_repeated(values: Sequence[Any]) -> Any:
-    seen = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    raise ValueError("no value repeats")
+    return next((value for index, value in enumerate(values) if value in values[:index]), None)
 
 
-def _category_edges(listed: Any, known: Skeleton | None) -> tuple[tuple[int, int], ...]:
-    edges = tuple((first - 1, second - 1) for first, second in _pairs(listed or ()))
-    if known is None:
-        return edges
+def _category_edges(listed: Any, known: Skeleton | None, count: int) -> tuple[tuple[int, int], ...]:
+    """Return 0-based edges, of the known skeleton if the file gives none."""
+    pairs = _pairs(listed or ())
+    edges = tuple((first - 1, second - 1) for first, second in pairs)
     # Files of CrowdPose's 14 keypoints often carry COCO's list, whose indices go up to 17.
-    copied = known is CROWDPOSE and set(edges) == set(COCO.edges)
-    return known.edges if not edges or copied else edges
+    if known is not None and (not edges or (known is CROWDPOSE and set(edges) == set(COCO.edges))):
+        return known.edges
+    _check_pairs("'skeleton'", pairs, range(1, count + 1))  # as in the file, from 1
+    return edges
 
 
 def _category_sigmas(label: str, names: Sequence[str], sigmas: Any, known: Skeleton | None) -> tuple[float, ...]:
@@ -264,7 +265,7 @@ _WORD = re.compile(r"left|right", re.IGNORECASE)
 
 
 def _side(name: str) -> tuple[str, str] | None:
-    """(side "l" or "r", the name with the side cut out), or None for a name without a side."""
+    """Return the side "l" or "r" and the name with the side cut out, or None for a name without a side."""
     if word := _WORD.search(name):
         rest = name[: word.start()] + "*" + name[word.end() :]
         return word.group()[0].lower(), rest.lower()
@@ -276,7 +277,7 @@ def _side(name: str) -> tuple[str, str] | None:
 
 
 def _infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Pairs (left index, right index), in the order of the left keypoints."""
+    """Return pairs (left index, right index) in the order of the left keypoints."""
     sides = [_side(name) for name in names]
     right = {side[1]: index for index, side in enumerate(sides) if side is not None and side[0] == "r"}
     return tuple(
@@ -288,23 +289,9 @@ def _infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 COCO = Skeleton(
     names=(
-        "nose",
-        "left_eye",
-        "right_eye",
-        "left_ear",
-        "right_ear",
-        "left_shoulder",
-        "right_shoulder",
-        "left_elbow",
-        "right_elbow",
-        "left_wrist",
-        "right_wrist",
-        "left_hip",
-        "right_hip",
-        "left_knee",
-        "right_knee",
-        "left_ankle",
-        "right_ankle",
+        *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
+        *("left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist"),
+        *("left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
     ),
     edges=(
         *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12)),  # legs
@@ -322,20 +309,8 @@ COCO = Skeleton(
 
 CROWDPOSE = Skeleton(
     names=(
-        "left_shoulder",
-        "right_shoulder",
-        "left_elbow",
-        "right_elbow",
-        "left_wrist",
-        "right_wrist",
-        "left_hip",
-        "right_hip",
-        "left_knee",
-        "right_knee",
-        "left_ankle",
-        "right_ankle",
-        "top_head",
-        "neck",
+        *("left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist"),
+        *("left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle", "top_head", "neck"),
     ),
     edges=(
         *((10, 8), (8, 6), (11, 9), (9, 7), (6, 7)),  # legs
