@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import open_dataset
 from hpetr.poses.skeleton import COCO
 from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
 from hpetr.training.optimizer import parameter_groups, schedule_factor
@@ -215,12 +215,12 @@ def test_schedules() -> None:
 def training_set(seed: int, repeat: int = 3) -> TrainingSet:
     recipe = small_recipe(Path("unused"), "augment.photometric=true", "augment.rotation=30")
     source = DataSource(annotations=TINY, repeat=repeat)
-    return TrainingSet([CocoPoseDataset(TINY)], [source], build_transform(recipe.augment, recipe.processor, COCO), seed)
+    return TrainingSet([open_dataset(TINY)], [source], build_transform(recipe.augment, recipe.processor, COCO), seed)
 
 
 def test_images_follow_from_seed_epoch_and_place() -> None:
     one, other = training_set(0), training_set(0)
-    assert len(one) == 3 * len(CocoPoseDataset(TINY))
+    assert len(one) == 3 * len(open_dataset(TINY))
     _ = other[Draw(0, 1)]  # what was read before does not matter
     first = one[Draw(0, 0)]
     np.testing.assert_array_equal(first.image, other[Draw(0, 0)].image)

@@ -19,7 +19,7 @@ from training_runs import TINY, small_recipe
 
 def torchrun(processes: int, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "hpetr.cli.main", "train", str(recipe), *overrides]
+    command = [sys.executable, *launcher, "-m", "hpetr", "train", str(recipe), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

@@ -45,8 +45,14 @@ def train_command(
         loaded = load_recipe(recipe, overrides or [])
         # The recipe is checked before the seconds that importing the training engine takes.
         with needs_extra("train", "train"):
+            from hpetr.training.run import Interrupted
             from hpetr.training.train import train
 
-        folder = train(loaded, resume)
+        try:
+            folder = train(loaded, resume)
+        except Interrupted as stop:
+            if processes.rank() == 0:
+                typer.echo(str(stop), err=True)
+            raise typer.Exit(128 + stop.signal) from None
     if processes.rank() == 0:
         typer.echo(f"checkpoint: {folder}")

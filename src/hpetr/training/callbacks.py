@@ -1,23 +1,29 @@
-"""What happens beside the steps: the epoch's order, the averaged weights, the log file and the lines on the screen."""
+"""Callbacks of a run: the epoch's order, the averaged weights, the log file, the lines on the screen, and signals."""
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import typer
+import torch
+from torch import distributed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hpetr.errors import InputError
-from hpetr.training.run import EVAL_PREFIX, LOG, log_line
+from hpetr.inference import processes
+from hpetr.training.run import EVAL_PREFIX, LOG, log_line, say
 from hpetr.training.trainer import PoseTrainer
 
 
 class RunCallback(TrainerCallback):
-    """Chooses the epoch's images, averages the weights, and keeps a log of one JSON object a line."""
+    """Choose the epoch's images, average the weights, and keep a log of one JSON object a line."""
 
     def __init__(self, trainer: PoseTrainer):
         self.trainer = trainer
@@ -52,7 +58,7 @@ class RunCallback(TrainerCallback):
 
 
 class Console(TrainerCallback):
-    """A progress bar with loss and AP where stderr is a terminal, else a line a log."""
+    """Show a progress bar with loss and AP if stderr is a terminal, else a line for each log."""
 
     def __init__(self, *, terminal: bool):
         self.terminal = terminal
@@ -76,10 +82,8 @@ class Console(TrainerCallback):
             return
         if (ap := logs.get(f"{EVAL_PREFIX}AP")) is not None:
             self.shown["AP"] = f"{ap:.4f}"
-            figures = ", ".join(
-                f"{k.removeprefix(EVAL_PREFIX)} {v:.3f}" for k, v in logs.items() if k.startswith(EVAL_PREFIX)
-            )
-            self.say(f"step {state.global_step}: {figures}")
+            metrics = [f"{k.removeprefix(EVAL_PREFIX)} {v:.3f}" for k, v in logs.items() if k.startswith(EVAL_PREFIX)]
+            self.say(f"step {state.global_step}: {', '.join(metrics)}")
         elif "loss" in logs:
             self.shown["loss"] = f"{logs['loss']:.3f}"
             if self.bar is None:
@@ -89,13 +93,58 @@ class Console(TrainerCallback):
             self.bar.set_postfix(self.shown)
 
     def say(self, line: str) -> None:
-        """Print above the bar, or at once where there is none."""
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            typer.echo(line)
+        """Print above the bar, if there is one."""
+        with suppress(OSError):
+            say(line) if self.bar is None else self.bar.write(line)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """Stop after the current step and save a checkpoint at the first Ctrl+C or SIGTERM.
+
+    A second one stops a single process at once. Of several processes all stop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal
+        self.handlers: dict[int, Any] = {}
+        self.shared: torch.Tensor | None = None  # the highest number on any process, after the step before
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Receive the signals inside the block; only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Note a signal. torchrun repeats those of the terminal, so several processes ignore further ones."""
+        if not self.number:
+            self.number = number
+            say("stopping after this step ...")
+        if processes.count() == 1:
+            self.restore()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = self.number
+        if processes.count() > 1:
+            # Read a step later, when the exchange is done: no step waits for it.
+            number = 0 if self.shared is None else int(self.shared.item())
+            self.shared = torch.tensor(self.number, device=args.device)
+            distributed.all_reduce(self.shared, distributed.ReduceOp.MAX)
+        if number:
+            self.number = number
+            control.should_training_stop = control.should_save = control.should_log = True
+            control.should_evaluate = False

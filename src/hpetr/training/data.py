@@ -1,4 +1,4 @@
-"""What a training run reads: its images, their order and their augmentation."""
+"""The images of a training run, their order and their augmentation."""
 
 from __future__ import annotations
 
@@ -31,27 +31,20 @@ BUCKET_STEPS = 32  # optimizer steps whose images are sorted by shape together
 
 
 def open_data(source: DataSource) -> PoseDataset:
-    """The data set that a recipe's source names."""
-    return open_dataset(
-        source.annotations,
-        source.images,
-        split=source.split,
-        limit=source.limit,
-        area_of_box=source.area_of_box,
-    )
+    """Open the data set that a recipe's source names."""
+    options = source.model_dump(include={"split", "limit", "area_of_box"})
+    return open_dataset(source.annotations, source.images, **options)
 
 
 def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> None:
-    """Raise `InputError` where keypoints, mirror pairs, sigmas or categories are not those of the first data set.
+    """Raise `InputError` if keypoints, mirror pairs, sigmas or categories differ from those of the first data set.
 
     Args:
-        sigmas_given: others stand in for those of the data, which then may differ.
+        sigmas_given: the recipe replaces the sigmas of the data, which then may differ.
     """
     first = datasets[0]
-    theirs = first.skeleton
     for dataset in datasets[1:]:
-        ours = dataset.skeleton
-        difference = ours.difference(theirs, sigmas=not sigmas_given)
+        difference = dataset.skeleton.difference(first.skeleton, sigmas=not sigmas_given)
         if difference is not None:
             raise InputError(f"{dataset.path}: its keypoints differ from those of {first.path} ({difference})")
         if dataset.class_names != first.class_names:
@@ -62,7 +55,7 @@ def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> N
 
 
 class Draw(NamedTuple):
-    """An image's turn: the place in the epoch's list of images, and the epoch, which gives its random numbers."""
+    """An image's turn: its place in the list of images, and the epoch, which seeds its random numbers."""
 
     epoch: int
     place: int
@@ -71,11 +64,12 @@ class Draw(NamedTuple):
 class TrainingSet(Dataset[Sample]):
     """Several data sets, filtered, repeated and augmented.
 
-    The random numbers of an image follow from seed, epoch and place alone, so neither the number of workers and
-    processes nor a restart changes what the network sees.
+    The random numbers of an image follow from seed, epoch and place alone: neither the number of workers and
+    processes nor a restart changes the network's input.
 
     Args:
-        datasets, sources: the images, and what the recipe says of each data set.
+        datasets: the images.
+        sources: the recipe's entry of each data set.
         transform: the augmentation of an image.
         mosaics: share of the turns in which an image shares its place with three others.
         fill: RGB in 0..255 between the images of a mosaic.
@@ -110,7 +104,7 @@ class TrainingSet(Dataset[Sample]):
         return self.transform(samples[0] if len(samples) == 1 else mosaic(samples, self.fill), rng)
 
     def sample(self, dataset: int, index: int) -> Sample:
-        """An image as it is in its data set."""
+        """Return an image as it is in its data set."""
         sample = self.datasets[dataset][index]
         if not self.absent[dataset]:
             return sample
@@ -119,19 +113,19 @@ class TrainingSet(Dataset[Sample]):
         return replace(sample, keypoints=keypoints)
 
     def shapes(self) -> np.ndarray:
-        """(N,) width / height of every image."""
+        """Return width / height (N,) of every image."""
         ratios = [data.image_sizes[:, 0] / data.image_sizes[:, 1] for data in self.datasets]
         return np.array([ratios[dataset][place] for dataset, place in self.places])
 
 
 class EpochSampler(Sampler[Draw]):
-    """The order of an epoch's images, from seed and epoch alone.
+    """The order of an epoch's images, which follows from seed and epoch alone.
 
     The epoch is filled up to whole steps with images from its beginning, as the official code does: every step then
     has the same number of images, however many processes share it.
 
     Args:
-        data: what is sampled.
+        data: the images to sample.
         total_batch: images of an optimizer step.
         bucketing: images of similar shape go into one step. `BUCKET_STEPS` steps at a time are sorted by width /
             height, cut into steps and shuffled, so images still meet others in every epoch.
@@ -143,7 +137,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -163,13 +157,13 @@ class EpochSampler(Sampler[Draw]):
 
 
 def mean_color(processor: ProcessorRecipe) -> tuple[float, float, float]:
-    """RGB in 0..255 that normalizes to 0."""
+    """Return the RGB in 0..255 that normalizes to 0."""
     red, green, blue = (255 * mean for mean in processor.image_mean)
     return red, green, blue
 
 
 def build_transform(recipe: AugmentRecipe, processor: ProcessorRecipe, skeleton: Skeleton) -> Transform:
-    """The published order: colors, rotation and shear, flip, then one of plain resize and crop with resize."""
+    """Compose the published order: colors, rotation and shear, flip, then one of plain resize and crop with resize."""
     steps: list[Transform] = []
     if recipe.photometric:
         steps.append(PhotometricDistortion())

@@ -1,4 +1,4 @@
-"""Learning rates: which parameters get which, and how they change over a run."""
+"""Learning rates: of each group of parameters, and their change over a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpetr.training.recipe import TrainRecipe
 
 
 def parameter_groups(model: torch.nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """Three learning rates: the backbone's, that of sampling offsets, and the rest's; all with weight decay.
+    """Group parameters by learning rate: the backbone, the sampling offsets, and the rest; all with weight decay.
 
     The published runs lower the rate of `reference_points` too; no model of the zoo has a parameter of that name.
     """
@@ -25,12 +25,12 @@ def parameter_groups(model: torch.nn.Module, recipe: TrainRecipe) -> list[dict[s
             elif "sampling_offsets" in name:
                 factor = recipe.offsets_lr_factor
             groups[recipe.lr * factor].append(parameter)
-    # The rest's rate, the highest as a rule, comes first: it is the one that logs show.
+    # The rest's rate, mostly the highest, comes first: logs show that one.
     return [{"params": parameters, "lr": lr} for lr, parameters in sorted(groups.items(), reverse=True)]
 
 
 def schedule_factor(step: int, total: int, recipe: TrainRecipe) -> float:
-    """What the learning rate is multiplied with at `step` of `total`."""
+    """Return the factor on the learning rate at `step` of `total`."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     if recipe.schedule == "cosine":

@@ -299,8 +299,8 @@ def _chart(
     figure = Figure(figsize=(4.8, 3.1), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     for i, (name, (steps, values)) in enumerate(series.items()):
-        style = {"marker": "o" if len(steps) < 20 else "", "markersize": 3, "linewidth": 1.4}
-        axes.plot(steps, values, color=colors.get(name, COLORS[i]), label=name, **style)
+        color, marker = colors.get(name, COLORS[i]), "o" if len(steps) < 20 else ""
+        axes.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.4, label=name)
     every = np.concatenate([values for _, values in series.values()])
     if logarithmic and every.min() > 0 and every.max() > 10 * every.min():
         axes.set_yscale("log")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -24,7 +26,7 @@ from hpetr.checkpoints.card import Evaluation, data_name
 from hpetr.checkpoints.folder import open_as_others, save_checkpoint
 from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import PoseDataset
-from hpetr.errors import InputError
+from hpetr.errors import InputError, first_line
 from hpetr.evaluation.evaluate import evaluate
 from hpetr.inference.torch_predictor import default_batch_size
 from hpetr.model.hpetr import HPetrForPoseEstimation
@@ -32,42 +34,30 @@ from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.training.data import EpochSampler, TrainingSet
 from hpetr.training.optimizer import parameter_groups, schedule_factor
 from hpetr.training.recipe import TrainRecipe
-from hpetr.training.run import EVAL_PREFIX, UNFINISHED, publish
+from hpetr.training.run import BEST, EVAL_PREFIX, UNFINISHED, publish
 
 AVERAGE = "average.safetensors"  # the averaged weights, beside model.safetensors in a checkpoint
-BEST = "best"
-
-
-class Images(NamedTuple):
-    """Those of a micro-batch, for an error."""
-
-    ids: str
-    files: str
-
-    @classmethod
-    def of(cls, images: Sequence[tuple[int, str]]) -> Images:
-        """From the collator's pairs of id and path."""
-        ids, files = zip(*images, strict=True)
-        return cls(", ".join(map(str, ids)), ", ".join(files))
 
 
 @contextmanager
-def _one_line(checkpoint: str | None, what: str) -> Iterator[None]:
-    """A checkpoint's file that cannot be read is bad input; torch's readers raise whatever a broken file makes them."""
+def _one_line(checkpoint: str | None, part: str) -> Iterator[None]:
+    """Turn any error of torch's readers on a broken file of a checkpoint into an `InputError`."""
     try:
         yield
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"resume {checkpoint}: the {what} holds pickled objects other than tensors or is broken; nothing in it was "
-            "executed"
-        ) from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"resume {checkpoint}: the {what} cannot be read ({reason})") from error
+        reason = f"cannot be read ({first_line(error)})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "holds pickled objects other than tensors or is broken; nothing in it was executed"
+        raise InputError(f"resume {checkpoint}: the {part} {reason}") from error
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights.
+    """Return an exponential moving average of the weights.
 
     Its decay grows with the number n of steps, (1 + n) / (10 + n), up to `decay`: a short run would otherwise average
     mostly over its random start.
@@ -81,7 +71,7 @@ def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 
 def whole_copy(model: HPetrForPoseEstimation, device: torch.device) -> HPetrForPoseEstimation:
-    """A model with all the weights of one whose parameters are sharded; all processes call it together."""
+    """Return a model with all the weights of one whose parameters are sharded; all processes call it together."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     copy = HPetrForPoseEstimation(model.config)
     cast(torch.nn.Module, copy).to(device)
@@ -118,9 +108,9 @@ class PoseTrainer(Trainer):
         self.recipe, self.network, self.processor, self.data, self.val = recipe, model, processor, data, val
         self.output = Path(cast(str, args.output_dir))
         self.sampler = EpochSampler(data, recipe.total_batch_size, recipe.seed, bucketing=recipe.bucketing)
-        # Loss terms of the micro-batches since the last log, with their images. They stay on the device until then:
-        # to look at them in every step would make a GPU wait.
-        self.pending: list[tuple[Images, dict[str, torch.Tensor]]] = []
+        # Loss terms of the micro-batches since the last log, with the ids and paths of their images. They stay on the
+        # device until then: to read them in every step would make a GPU wait.
+        self.pending: list[tuple[tuple[str, str], dict[str, torch.Tensor]]] = []
         self.seconds, self.steps = 0.0, 0  # of the steps since the last log, without evaluations and checkpoints
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
@@ -128,6 +118,12 @@ class PoseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        # The main process decides when to stop: a signal to all processes must not take the images away before.
+        cast(Any, loader).base_dataloader.worker_init_fn = _ignore_signals
+        return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -144,19 +140,19 @@ class PoseTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        images = Images.of(inputs.pop("images"))
+        ids, paths = (", ".join(map(str, column)) for column in zip(*inputs.pop("images"), strict=True))
         inputs["pixel_values"] = self.collator.normalize(inputs["pixel_values"], inputs["pixel_mask"])
         try:
             output = model(**inputs)
         except FloatingPointError as error:
             self.check_losses()  # an earlier loss may be the reason
             step = self.state.global_step + 1
-            raise FloatingPointError(f"step {step}, images {images.ids}: {error}; files: {images.files}") from None
-        self.pending.append((images, {name: value.detach() for name, value in output.loss_dict.items()}))
+            raise FloatingPointError(f"step {step}, images {ids}: {error}; files: {paths}") from None
+        self.pending.append(((ids, paths), {name: value.detach() for name, value in output.loss_dict.items()}))
         return (output.loss, output) if return_outputs else output.loss
 
     def check_losses(self) -> dict[str, float]:
-        """The mean of every loss term since the last log; one copy from the device.
+        """Return the mean of every loss term since the last log; one copy from the device.
 
         Raises:
             FloatingPointError: a term is NaN or infinite; names the first step's images and all its terms.
@@ -165,17 +161,17 @@ class PoseTrainer(Trainer):
             return {}
         names = list(self.pending[0][1])
         rows = torch.stack([torch.stack([terms[name] for name in names]) for _, terms in self.pending]).float().cpu()
-        for (images, _), row in zip(self.pending, rows, strict=True):
+        for ((ids, paths), _), row in zip(self.pending, rows, strict=True):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name} = {value:g}" for name, value in zip(names, row.tolist(), strict=True))
-                raise FloatingPointError(f"images {images.ids}: the loss is not finite: {terms}; files: {images.files}")
+                raise FloatingPointError(f"images {ids}: the loss is not finite: {terms}; files: {paths}")
         return dict(zip(names, rows.mean(0).tolist(), strict=True))
 
     def check_weights(self) -> None:
-        """Raise FloatingPointError where a weight is NaN or infinite: such a model must not become a checkpoint."""
+        """Raise FloatingPointError if a weight is NaN or infinite: such a model must not become a checkpoint."""
         norms = torch._foreach_norm([p.detach() for p in self.trained().parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
-            images = self.pending[-1][0].files if self.pending else "unknown"
+            images = self.pending[-1][0][1] if self.pending else "unknown"
             raise FloatingPointError(
                 f"step {self.state.global_step}: weights are no longer finite, though the losses were; "
                 f"last images: {images}"
@@ -195,7 +191,7 @@ class PoseTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def trained(self) -> HPetrForPoseEstimation:
-        """The model that evaluations and the result use: the averaged one where there is an average.
+        """Return the model that evaluations and the result use: the averaged one if there is an average.
 
         Of a model whose weights are spread over the processes every process gets a whole copy: an evaluation gives
         processes different numbers of batches, and a spread model would wait for all of them in each.
@@ -207,7 +203,7 @@ class PoseTrainer(Trainer):
         return whole_copy(self.network, self.args.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The ten COCO figures on the validation data as `eval_AP`, ...; the best model so far goes to `best/`."""
+        """Return the COCO metrics on the validation data as `eval_AP`, ...; write the best model so far to `best/`."""
         assert self.val is not None
         self.check_losses()
         done, total = 0, len(self.val)
@@ -229,35 +225,26 @@ class PoseTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether the model as it is now has been evaluated, also before an interruption."""
-        return self.evaluation() is not None
-
     def evaluation(self) -> Evaluation | None:
-        """The figures of the model as it is now, where it has been evaluated."""
+        """Return the metrics of the current weights, None before their evaluation."""
         step = self.state.global_step
         logged = [e for e in self.state.log_history if e["step"] == step and f"{EVAL_PREFIX}AP" in e]
         if self.val is None or not logged:
             return None
-        names = {
-            key.removeprefix(EVAL_PREFIX): value for key, value in logged[-1].items() if key.startswith(EVAL_PREFIX)
-        }
-        return Evaluation(data_name(self.val.path), len(self.val), names)
+        metrics = {k.removeprefix(EVAL_PREFIX): v for k, v in logged[-1].items() if k.startswith(EVAL_PREFIX)}
+        return Evaluation(data_name(self.val.path), len(self.val), metrics)
 
     def write_trained(self, name: str) -> Path:
-        """Write the trained model and the processor as a checkpoint folder, not yet in its place; returns it."""
+        """Write the trained model and the processor as a checkpoint folder, not yet in its place; return it."""
         unfinished = self.output / UNFINISHED / name
-        model = self.trained()
+        model, name = self.trained(), self.output.resolve().name
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
-            save_checkpoint(
-                model, self.processor, unfinished, evaluation=self.evaluation(), name=self.output.resolve().name
-            )
+            save_checkpoint(model, self.processor, unfinished, evaluation=self.evaluation(), name=name)
         return unfinished
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Checkpoints are written here and get their place when they are whole."""
+        """Return the folder that checkpoints are written into; they get their place when they are whole."""
         return str(self.output / UNFINISHED)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -266,7 +253,7 @@ class PoseTrainer(Trainer):
             (Path(cast(str, output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, read by nobody
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that appears whole or not at all.
+        """Write a checkpoint, whole or not at all.
 
         Raises:
             InputError: it cannot be written, a full disk for example; the last good one stays.
@@ -274,8 +261,8 @@ class PoseTrainer(Trainer):
         """
         self.check_losses()
         self.check_weights()
-        # transformers would note that the best checkpoint lies among the unfinished ones, and miss it there when the
-        # run goes on; `best/` is what is kept of it.
+        # transformers would note the best checkpoint among the unfinished ones, and miss it there on resuming; `best/`
+        # keeps it.
         self.state.best_global_step = None
         name = f"checkpoint-{self.state.global_step}"
         unfinished = self.output / UNFINISHED / name
@@ -289,9 +276,8 @@ class PoseTrainer(Trainer):
                 publish(unfinished, self.output / name)
                 rotate_checkpoints(str(self.output), self.recipe.keep)
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-            # torch's writer says of a full disk no more than that it is at an unexpected position.
-            reason += f"; {shutil.disk_usage(self.output).free / 2**20:,.1f} MB free there"
+            # torch's writer does not name a full disk: the free space does.
+            reason = f"{first_line(error)}; {shutil.disk_usage(self.output).free / 2**20:,.1f} MB free there"
             shutil.rmtree(unfinished, ignore_errors=True)
             raise InputError(
                 f"{self.output / name}: the checkpoint cannot be written ({reason}); the ones before it are whole"
