@@ -56,7 +56,9 @@ def show(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Image to write, .jpg or .png.")] = Path("outputs/data.jpg"),
-    images: Annotated[int, typer.Option(min=1, help="How many of the training images.")] = 16,
+    images: Annotated[
+        int, typer.Option("--images", "--pictures", min=1, help="Number of training images to show.")
+    ] = 16,
     seed: Annotated[int, typer.Option(min=0, help="The epoch shown: other images, other augmentation.")] = 0,
 ) -> None:
     """Draw the images that a recipe shows its network: augmented, with their labels."""
