@@ -137,7 +137,7 @@ def test_autocast_computes_coordinates_and_losses_in_float32(monkeypatch) -> Non
         seen.append((value.dtype, locations.dtype, weights.dtype))
         return deformable_sampling_reference(value, shapes, locations, weights)
 
-    class Fixed(matching.Assignment):
+    class Fixed(matching.PendingAssignments):
         """The first queries, whatever they cost: a match that flips moves a term by more than rounding does."""
 
         def solve(self) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def test_autocast_computes_coordinates_and_losses_in_float32(monkeypatch) -> Non
             )
             return super().solve()
 
-    monkeypatch.setattr("hpetr.model.losses.Assignment", Fixed)
+    monkeypatch.setattr("hpetr.model.losses.PendingAssignments", Fixed)
     model = tiny_model()
     torch.nn.init.zeros_(model.pose_decoder.class_heads[-1].weight)  # a rank that flips would give other references
     exact = model(pixels, mask, labels)
