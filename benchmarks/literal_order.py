@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation
 from hpetr.inference.precision import keep_freed_memory
-from hpetr.model.proposals import Predictions, inverse_sigmoid
+from hpetr.model.proposals import Predictions
+from hpetr.model.steps import inverse_sigmoid
 
 
 def literal_pose_decoder(model: HPetrForPoseEstimation, memory: Tensor, grid) -> Predictions:
@@ -83,12 +84,12 @@ def measure(order: str, preset: str, height: int, width: int, repeats: int) -> d
     with torch.inference_mode():
         for _ in range(repeats):
             start = time.perf_counter()
-            memory, grid = model.encode(pixels, None)
+            memory, grid, prior = model.encode(pixels, None)
             encoded = time.perf_counter()
             if order == "literal":
                 predictions = literal_pose_decoder(model, memory, grid)
             else:
-                predictions = model.pose_decoder(memory, grid, one_to_many=False)[1]
+                predictions = model.pose_decoder(memory, grid, model.propose(memory, grid, prior), model.groups[:1])[0]
             decoded = time.perf_counter()
             best = predictions.logits[-1][0, :, 0].topk(model.config.num_poses).indices
             chosen = predictions.keypoints[-1][:, best]

@@ -15,7 +15,7 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation
 from hpetr.model.attention import DeformableLayer
 from hpetr.model.grid import Grid
 from hpetr.model.losses import gaussian_radius
-from hpetr.model.proposals import inverse_sigmoid
+from hpetr.model.steps import inverse_sigmoid
 
 Label = dict[str, Tensor]
 Match = list[tuple[Tensor, Tensor]]  # for each image, query and target indices
@@ -165,7 +165,7 @@ def loss_terms(model: HPetrForPoseEstimation, pixels: Tensor, labels: list[Label
     """Return all weighted loss terms of images (B, 3, H, W) without padding."""
     config = model.config
     size = torch.tensor([pixels.shape[3], pixels.shape[2]], dtype=torch.float32, device=pixels.device)
-    memory, grid = model.encode(pixels, None)
+    memory, grid, _ = model.encode(pixels, None)
     proposal_logits, proposal_keypoints, outputs = pose_decoder(model, memory, grid)
     binary = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
     focal, l1, _, _ = group_losses(proposal_logits, proposal_keypoints, binary, size, config, 1)

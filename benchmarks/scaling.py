@@ -21,14 +21,12 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -38,15 +36,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from torch import Tensor
 
-import hpetr.model.hpetr as model_file
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.evaluation.benchmark import END, NETWORK_STAGES, OTHER, Marks, count_flops, marked_network
+from hpetr.evaluation.benchmark import OTHER, count_flops, profile_stages
+from hpetr.model.stages import ASSIGNMENT, COSTS, HEATMAP, NETWORK_STAGES, stage
 from hpetr.training.report import COLORS, INK
 from training_step import random_people
 
-COSTS, ASSIGNMENT, HEATMAP = "matching: costs", "matching: assignment", "heatmap branch"
 LOSSES, BACKWARD, OPTIMIZER = "losses", "backward", "optimizer"
-STAGES = (*NETWORK_STAGES, OTHER)
 TRAINING_STAGES = (*NETWORK_STAGES, COSTS, HEATMAP, ASSIGNMENT, LOSSES, BACKWARD, OPTIMIZER)
 MARKERS = "osD^vP*X<>x"
 SHOWN_SHARE = 0.01  # of the time at the largest point: a figure leaves out stages that never reach it
@@ -177,60 +173,35 @@ def build(preset: str, options: tuple[tuple[str, int], ...], *, training: bool) 
     return model.train(training), optimizer
 
 
-def run(point: Point, *, training: bool) -> dict[str, float]:
-    """Return the seconds of every stage of one inference or training step."""
+def prepare(point: Point, *, training: bool) -> Callable[[], None]:
+    """Return one inference or training step."""
     torch.set_num_threads(point.threads)
     model, optimizer = build(point.preset, point.options, training=training)
     pixels = torch.randn(point.batch, 3, point.height, point.width)
-    marks = Marks(perf_counter)
-    if training:
-        labels = [random_people(point.people, point.height, point.width, i, "cpu") for i in range(point.batch)]
-        training_step(model, optimizer, pixels, labels, marks)
-    else:
-        with torch.inference_mode(), marked_network(model, marks):
+    labels = [random_people(point.people, point.height, point.width, i, "cpu") for i in range(point.batch)]
+
+    def infer() -> None:
+        with torch.inference_mode():
             model(pixels)
-    marks(END)
-    return marks.sums()
 
-
-def training_step(
-    model: HPetrForPoseEstimation,
-    optimizer: torch.optim.Optimizer,
-    pixels: Tensor,
-    labels: list[dict[str, Tensor]],
-    marks: Marks,
-) -> None:
-    with marked_network(model, marks), marked_losses(model, marks):
+    def train() -> None:
         loss = model(pixels, None, labels).loss
-    marks(BACKWARD)
-    loss.backward()
-    marks(OPTIMIZER)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    optimizer.step()
-    optimizer.zero_grad()
+        with stage(BACKWARD):
+            loss.backward()
+        with stage(OPTIMIZER):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train if training else infer
 
 
-@contextmanager
-def marked_losses(model: HPetrForPoseEstimation, marks: Marks) -> Iterator[None]:
-    """Mark matching and heatmap branch; the rest of the forward pass is the losses."""
-
-    def marked(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            marks(stage)
-            result = function(*args)
-            marks(LOSSES)
-            return result
-
-        return call
-
-    with ExitStack() as stack:
-        for owner, name, stage in (
-            (model_file, "start_matching", COSTS),
-            (model_file, "finish_matching", ASSIGNMENT),
-            (model, "heatmap_losses", HEATMAP),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, marked(getattr(owner, name), stage)))
-        yield
+def run(point: Point, *, training: bool) -> dict[str, float]:
+    """Seconds of every stage of one inference or training step."""
+    seconds = profile_stages(prepare(point, training=training), torch.device("cpu"))
+    if training:  # outside of all stages the loss terms remain
+        seconds[LOSSES] = seconds.pop(OTHER)
+    return seconds
 
 
 def time_sweep(sweep: Sweep, repeats: int) -> list[list[dict[str, float]]]:
@@ -248,9 +219,10 @@ def peak_memory(point: Point, training: bool) -> float:
     """Return the bytes that a run needs above the loaded model and its optimizer."""
     torch.set_num_threads(point.threads)
     build(point.preset, point.options, training=training)
+    step = prepare(point, training=training)
     RESET.write_text("5")
     before = memory("VmRSS")
-    run(point, training=training)
+    step()
     return memory("VmHWM") - before
 
 
@@ -266,11 +238,8 @@ def measure(sweep: Sweep, repeats: int, fresh: ProcessPoolExecutor) -> Result:
     times = fresh.submit(time_sweep, sweep, repeats).result()
     whole = [[sum(stages.values()) for stages in rounds] for rounds in times]
     peaks = [fresh.submit(peak_memory, p, sweep.training).result() for p in sweep.points] if RESET.exists() else None
-    # In training the model's own hooks mark the rest of the forward pass as other: losses.
     names = [name for name in dict.fromkeys((*TRAINING_STAGES, OTHER)) if any(name in t for t in times[0])]
     stages = {name: [min(t.get(name, 0.0) for t in rounds) for rounds in times] for name in names}
-    if sweep.training:
-        stages[LOSSES] = [a + b for a, b in zip(stages[LOSSES], stages.pop(OTHER), strict=True)]
     flops: dict[str, list[float]] = {}
     for point in () if sweep.training else sweep.points:
         config = HPetrConfig.preset(point.preset, **dict(point.options))
@@ -345,7 +314,7 @@ def draw(sweep: Sweep, result: Result) -> Figure:
     time = panels[0]
     curve(time, x, [1e3 * value for value in result.least], "whole", INK, "o", 2.2)
     time.vlines(x, [1e3 * v for v in result.least], [1e3 * v for v in result.median], color=INK, linewidth=1.2)
-    order = TRAINING_STAGES if sweep.training else STAGES
+    order = TRAINING_STAGES if sweep.training else (*NETWORK_STAGES, OTHER)
     for name, values in result.stages.items():
         if values[-1] >= SHOWN_SHARE * result.least[-1]:
             i = order.index(name)

@@ -139,7 +139,7 @@ def measure_joint_decoder(args: argparse.Namespace) -> dict:
     height, width = (int(side) for side in args.size.split("x"))
     model = build_model(args.preset, args.device)
     with torch.no_grad():
-        memory, grid = model.encode(torch.randn(1, 3, height, width, device=args.device), None)
+        memory, grid, _ = model.encode(torch.randn(1, 3, height, width, device=args.device), None)
     memory = memory.requires_grad_()
     poses = torch.rand(1, args.joint_poses, model.config.num_keypoints, 2, device=args.device)
     if args.device == "cuda":
