@@ -1,4 +1,4 @@
-"""Small videos in which every frame carries its number, and what is in a video."""
+"""Small videos in which every frame carries its number, and readers of their frames and sound."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_clip(
     *,
     sound: str | None = None,
     codec: str = "h264",
-    rotation: int = 0,
+    matrix: Sequence[int] = (),
     size: tuple[int, int] = (WIDTH, HEIGHT),
     container_format: str | None = None,
 ) -> Path:
@@ -44,8 +44,9 @@ def make_clip(
         video = container.add_stream(codec, rate=RATE)
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
         video.time_base = video.codec_context.time_base = Fraction(1, RATE)
-        if rotation:
-            video.set_display_rotation(rotation)
+        if matrix:  # (a, b, c, d): a stored pixel (x, y) is shown at (a x + c y, b x + d y)
+            a, b, c, d = (value << 16 for value in matrix)
+            video.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))
         tone = container.add_stream(sound, rate=SAMPLES, layout="mono", bit_rate=64_000) if sound else None
         wave = np.sin(np.arange(SAMPLES * (times[-1] + 1) // RATE) / 20).astype(np.float32)
         heard = 0

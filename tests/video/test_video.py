@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -12,25 +13,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clips import HEIGHT, RATE, SAMPLES, WIDTH, make_clip, numbered, read_clip, read_sound
-from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, PosePredictor
+from clips import HEIGHT, RATE, SAMPLES, WIDTH, make_clip, numbered, read_clip, read_number, read_sound
+from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, InputError, PosePredictor, PoseResult
 from hpetr.checkpoints.folder import save_checkpoint
 from hpetr.cli.main import app
 from hpetr.cli.video import predict_and_report
+from hpetr.video import predict_frames
 from hpetr.video.run import Progress, VideoOptions, predict_videos
+from hpetr.video.source import Frame, Source, open_source
 from paths import EXAMPLES
 from training_runs import SMALL_MODEL
 
@@ -102,18 +105,31 @@ def test_variable_frame_rate_is_kept(predictor: PosePredictor, tmp_path: Path) -
     assert [line["time"] for line in read_lines(run.results)] == [round(moment / RATE, 6) for moment in times]
 
 
-@pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_rotated_video_comes_out_upright(predictor: PosePredictor, tmp_path: Path, rotation: int) -> None:
-    clip = make_clip(tmp_path / "phone.mp4", range(3), rotation=rotation)
+@pytest.mark.parametrize(
+    ("matrix", "upright"),
+    [
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
+        ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
+        ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
+        ((-1, 0, 0, 1), lambda image: image[:, ::-1]),
+        ((1, 0, 0, -1), lambda image: image[::-1]),
+        ((0, 1, 1, 0), lambda image: image.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda image: image[::-1, ::-1].transpose(1, 0, 2)),
+    ],
+)
+def test_rotated_and_mirrored_videos_come_out_upright(
+    predictor: PosePredictor, tmp_path: Path, matrix: tuple[int, ...], upright: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    clip = make_clip(tmp_path / "phone.mp4", [5, 6], matrix=matrix)
     run = predict_videos(predictor, [str(clip)], tmp_path / "out")
-    upright = cv2.VideoCapture(str(clip)).read()[1][..., ::-1]  # OpenCV heeds the rotation
-    assert (upright.shape[:2] == (WIDTH, HEIGHT)) == (rotation != 180)
+    with av.open(str(clip)) as stored:
+        expected = upright(next(stored.decode(video=0)).to_ndarray(format="rgb24"))
     with av.open(str(tmp_path / "out" / "phone.mp4")) as container:
         frame = next(container.decode(video=0))
-        assert frame.rotation == 0
-        assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - upright).mean() < 4
+        assert frame.side_data.get("DISPLAYMATRIX") is None
+        assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - expected).mean() < 4
     line = read_lines(run.results)[0]
-    assert (line["height"], line["width"]) == upright.shape[:2]
+    assert (line["height"], line["width"]) == expected.shape[:2]
 
 
 def test_sound_that_mp4_does_not_take_goes_into_mkv(predictor: PosePredictor, tmp_path: Path) -> None:
@@ -319,6 +335,68 @@ def test_outputs_are_checked_before_the_model_is_loaded(clip: Path, tmp_path: Pa
     assert_bad_input(invoke(image, *options, tmp_path, "--track"), "are for videos")
 
 
+@pytest.mark.parametrize("link", ["", "results.jsonl", "out/predictions.jsonl", "out/clip.mov"])
+def test_no_output_replaces_a_video(clip: Path, tmp_path: Path, link: str) -> None:
+    """The results named like a video, or an output that is a link to one."""
+    video, out = tmp_path / "videos" / "clip.mp4", tmp_path / "out"
+    for folder in (video.parent, out):
+        folder.mkdir()
+    shutil.copy(clip, video)
+    if link:
+        (tmp_path / link).symlink_to(video)
+    results = {"": ("--json", video), "results.jsonl": ("--json", tmp_path / link)}.get(link, ())
+    result = invoke(video, "--checkpoint", "nowhere", "--output", out, *results)
+    assert_bad_input(result, "is one of the inputs")
+    assert video.read_bytes() == clip.read_bytes()
+
+
+def test_links_are_followed_and_standard_output_and_pipes_are_written_into(
+    model: Path, clip: Path, tmp_path: Path
+) -> None:
+    options = ("--checkpoint", model, "--no-draw", "--output", tmp_path / "out")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "target.jsonl")
+    assert invoke(clip, *options, "--json", tmp_path / "link.jsonl").exit_code == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    lines = read_lines(tmp_path / "target.jsonl")
+    assert len(lines) == 60
+
+    result = invoke(clip, *options, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")] == lines
+
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_text)
+        assert invoke(clip, *options, "--json", tmp_path / "pipe").exit_code == 0
+        assert [json.loads(line) for line in read.result().splitlines()] == lines
+    assert (tmp_path / "pipe").is_fifo()
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_and_closed_pipe_are_one_line_and_leave_nothing(model: Path, clip: Path, tmp_path: Path) -> None:
+    options = ("--checkpoint", model, "--output", tmp_path / "out")
+    result = invoke(clip, *options, "--no-draw", "--json", "/dev/full")
+    assert_bad_input(result, "/dev/full: cannot be written (No space left on device)")
+
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        reader.submit(lambda: os.close(os.open(tmp_path / "pipe", os.O_RDONLY)))
+        result = invoke(clip, *options, "--no-draw", "--json", tmp_path / "pipe")
+    assert_bad_input(result, "pipe: cannot be written (Broken pipe)")
+
+    results = ("--json", tmp_path / "results.jsonl")
+    for limit, extra, name in ((20_000, (), "out/clip.mp4"), (5_000, ("--no-draw",), "results.jsonl")):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # as a disk that is almost full
+        try:
+            result = invoke(clip, *options, *results, *extra)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert_bad_input(result, f"{tmp_path / name}: cannot be written (File too large)")
+    assert not list((tmp_path / "out").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pipe"]
+
+
 def test_folder_of_images_and_videos_one_of_them_bad(model: Path, clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "holiday"
     folder.mkdir()
@@ -369,6 +447,73 @@ def test_a_terminal_shows_progress_and_frames_per_second(
     reader.join()
     os.close(reading)
     assert re.search(r"…\S*/clip0/clip\.mp4 .*60/60.* \d+\.\d frames/s", b"".join(shown).decode()), shown
+
+
+class Slow(PosePredictor):
+    """A predictor whose first batch takes until an event."""
+
+    def __init__(self, model: Path, event: threading.Event) -> None:
+        super().__init__(model, device="cpu")
+        self.event = event
+
+    def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
+        assert self.event.wait(60)
+        return super().predict(images, threshold)
+
+
+class Camera(Source):
+    """A live source of 100 frames, all of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__("camera", True, Fraction(1, RATE), None)
+        self.done = threading.Event()
+
+    def frames(self) -> Iterator[Frame]:
+        for number in range(100):
+            yield Frame(number, Fraction(number, RATE), Fraction(0), numbered(number))
+        self.done.set()
+
+    def close(self) -> None:
+        pass
+
+
+def test_frames_of_a_live_source_are_dropped_while_the_network_is_busy(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    camera = Camera()
+    frames = [frame for frame, _ in predict_frames(Slow(model, camera.done), camera, batch_size=1)]
+    assert [read_number(frame.image) for frame in frames] == [frame.index for frame in frames]
+    assert frames[-1].index == 99
+    assert len(frames) <= 2
+    assert camera.dropped == 100 - len(frames)
+    assert caplog.messages == [f"camera: {camera.dropped} frames dropped to keep up with the live source"]
+
+
+def test_frames_in_python_are_those_of_the_command(model: Path, clip: Path) -> None:
+    predictor = PosePredictor(model, device="cpu", threshold=0.0)
+    found = list(predict_frames(predictor, clip, batch_size=7))
+    assert [read_number(frame.image) for frame, _ in found] == list(range(60))
+    assert [frame.time for frame, _ in found] == [Fraction(number, RATE) for number in range(60)]
+    (expected,) = predictor.predict([found[59][0].image])
+    np.testing.assert_allclose(found[59][1].keypoints, expected.keypoints, atol=0.01)
+    assert [len(result) for _, result in predict_frames(predictor, str(clip), threshold=1.0)] == [0] * 60
+
+
+def test_leaving_the_frames_early_closes_their_source(predictor: PosePredictor, clip: Path) -> None:
+    source = open_source(str(clip))
+    frames = predict_frames(predictor, source)
+    assert next(frames)[0].index == 0
+    frames.close()
+    with pytest.raises(AssertionError, match="Container is not open"):
+        next(source.frames())
+
+
+def test_frames_of_a_bad_source_are_an_error(predictor: PosePredictor, tmp_path: Path) -> None:
+    noise_alone(tmp_path / "noise.mp4")
+    with pytest.raises(InputError, match=r"noise\.mp4: has no frame that can be read"):
+        next(predict_frames(predictor, tmp_path / "noise.mp4"))
+    with pytest.raises(InputError, match="camera 999: cannot be opened"):
+        next(predict_frames(predictor, 999))
 
 
 class Interrupting(Progress):

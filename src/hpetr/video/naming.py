@@ -14,6 +14,7 @@ from hpetr.images.read import is_image
 VIDEO_SUFFIXES = frozenset(
     (".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .mts .m2ts .wmv .flv .3gp .ogv .y4m .h264 .h265 .hevc").split()
 )
+DRAWING_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 RESULTS_NAME = "predictions.jsonl"
 
 

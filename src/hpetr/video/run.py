@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpetr.errors import InputError, needs_extra
-from hpetr.images.files import check_writable
+from hpetr.images.files import RESULT_SUFFIXES, check_output, check_writable
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.json_lines import JsonLines
-from hpetr.video.naming import RESULTS_NAME, output_stem
+from hpetr.video.naming import DRAWING_SUFFIXES, RESULTS_NAME, output_stem
 from hpetr.video.source import Frame, Source, open_source
 from hpetr.video.tracking import UNTRACKED, PoseSmoother, PoseTracker
 
@@ -155,8 +155,7 @@ def predict_videos(
                 if report.frames or report.interrupted:
                     run.videos.append(report)
                 else:
-                    fault = f" ({report.fault})" if report.fault else ""
-                    run.unreadable.append((video, f"{report.name}: has no frame that can be read{fault}"))
+                    run.unreadable.append((video, str(source.no_frame())))
                 if report.interrupted:
                     break
             if not run.videos:
@@ -240,15 +239,12 @@ class _VideoWork:
         return VideoSink(path, self._source, first)
 
     def _line(self, frame: Frame, result: PoseResult, numbers: np.ndarray | None) -> dict[str, Any]:
-        height, width = result.image_size
-        poses = result.to_coco(0, range(1, int(result.labels.max(initial=0)) + 2))
-        for place, pose in enumerate(poses):
-            del pose["image_id"]
-            if numbers is not None:
-                pose["track_id"] = int(numbers[place])
-        time = round(float(frame.time), 6)
-        head = {"video": self._source.name, "frame": frame.index, "time": time, "width": width, "height": height}
-        return {**head, "poses": poses}
+        found = result.to_dict()
+        del found["file_name"]
+        if numbers is not None:
+            for pose, number in zip(found["poses"], numbers.tolist(), strict=True):
+                pose["track_id"] = number
+        return {"video": self._source.name, "frame": frame.index, "time": round(float(frame.time), 6), **found}
 
 
 @contextmanager
@@ -279,18 +275,20 @@ def _interruption() -> Iterator[threading.Event]:
 
 
 def check_video_outputs(videos: Sequence[str], output: Path, results: Path | None, draw: bool) -> None:
-    """Check before any work that the outputs can be written and no drawing replaces a video.
+    """Check before any work that the outputs can be written and replace no input.
 
     Raises:
-        InputError: a folder cannot be used, or holds one of the videos.
+        InputError: an output is an input, cannot be written or is no file, or the folder for the drawings holds one of
+            the videos.
     """
-    if draw or results is None:
-        check_writable(output)
-    if results is not None:
-        check_writable(results.parent)
-        if results.is_dir():
-            raise InputError(f"{results}: is a folder, expected a file for the results")
-    if draw:
-        for video in map(Path, videos):
-            if video.is_file() and video.resolve().parent == output.resolve():
-                raise InputError(f"{output}: holds the video {video.name}, expected another output folder")
+    check_output(results or output / RESULTS_NAME, videos, RESULT_SUFFIXES)
+    if not draw:
+        return
+    check_writable(output)
+    stems: list[str] = []
+    for video in videos:
+        if Path(video).is_file() and Path(video).resolve().parent == output.resolve():
+            raise InputError(f"{output}: holds the video {Path(video).name}, expected another output folder")
+        stems.append(output_stem(video, stems))
+        for suffix in DRAWING_SUFFIXES:
+            check_output(output / f"{stems[-1]}{suffix}", videos)

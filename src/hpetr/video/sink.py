@@ -15,9 +15,10 @@ from av.codec.codec import UnknownCodecError
 from av.error import FFmpegError
 
 from hpetr.errors import InputError, first_line
+from hpetr.video.naming import DRAWING_SUFFIXES
 from hpetr.video.source import Frame, Source
 
-FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+FORMATS = dict(zip(DRAWING_SUFFIXES, ("mp4", "mp4", "mov", "matroska"), strict=True))
 # Constant quality, hard to tell from the source; a slower preset would cost more than small models do.
 ENCODING = {"crf": "20", "preset": "veryfast"}
 BT601, LIMITED_RANGE = 5, 1
@@ -59,7 +60,8 @@ class VideoSink:
     def __init__(self, path: Path, source: Source, first: Frame) -> None:
         self.path = path
         self.sound_left_out: list[str] = []
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._target = Path(os.path.realpath(path))
+        self._temporary = self._target.with_name(f".{self._target.name[:40]}.{os.getpid()}.tmp")
         self._time_base = source.time_base
         self._last_pts = -1
         self._matrix = source.colors.matrix if source.colors.matrix in (1, 9) else BT601
@@ -119,7 +121,7 @@ class VideoSink:
             self._write_sound(late_sound)
             self._container.mux(self._video.encode(None))
             self._container.close()
-            self._temporary.replace(self.path)
+            self._temporary.replace(self._target)
 
     def discard(self) -> None:
         """Remove the unfinished file."""

@@ -85,6 +85,24 @@ class Source:
         """Release the file, connection or camera."""
         raise NotImplementedError
 
+    def no_frame(self) -> InputError:
+        """Return the error of a source without frames."""
+        return InputError(f"{self.name}: has no frame that can be read" + (f" ({self.fault})" if self.fault else ""))
+
+    def losses(self, read: int) -> Iterator[str]:
+        """Yield a line for each kind of frames that are missing after `read` frames."""
+        for number, reason in (
+            (self.dropped, "dropped to keep up with the live source"),
+            (self.undecodable, "could not be decoded, left out"),
+            (self.damaged, "damaged"),
+        ):
+            if number:
+                yield f"{number} frame{'s' if number > 1 else ''} {reason}"
+        if self.fault:
+            yield f"ended early ({self.fault})"
+        if (self.expected or 0) > read + self.undecodable + self.dropped:
+            yield f"announces {self.expected} frames, {read} could be read"
+
 
 def open_source(text: str, live: bool | None = None, sound: bool = True) -> Source:
     """Open a video file, a stream's URL, or a camera's number.

@@ -70,18 +70,18 @@ class PoseTracker:
         """
         self._tracks = [track for track in self._tracks if time - track.time <= self._patience]
         numbers = np.full(len(result), UNTRACKED, np.int64)
-        sure = result.scores > self._start_score  # (n,)
+        sure, areas = result.scores > self._start_score, _areas(result)  # (n,)
         free = list(self._tracks)
         for stage in (sure, ~sure):
             for track, pose in self._match(free, result, np.flatnonzero(stage), time):
-                self._continue(track, result, pose, time)
+                self._continue(track, result.keypoints[pose].astype(np.float64), areas[pose], time)
                 numbers[pose] = track.number
             free = [track for track in free if track.number not in numbers]
         for pose in np.flatnonzero(sure & (numbers == UNTRACKED)).tolist():
             self.count += 1
             numbers[pose] = self.count
-            keypoints, area = result.keypoints[pose].astype(np.float64), _area(result.extents[pose])
-            self._tracks.append(_Track(self.count, int(result.labels[pose]), keypoints, area, time, np.zeros(2)))
+            label, keypoints = int(result.labels[pose]), result.keypoints[pose].astype(np.float64)
+            self._tracks.append(_Track(self.count, label, keypoints, areas[pose], time, np.zeros(2)))
         return numbers
 
     def _match(
@@ -107,19 +107,19 @@ class PoseTracker:
         ]
 
     @staticmethod
-    def _continue(track: _Track, result: PoseResult, pose: int, time: float) -> None:
-        keypoints = result.keypoints[pose].astype(np.float64)
+    def _continue(track: _Track, keypoints: np.ndarray, area: float, time: float) -> None:
         elapsed = time - track.time
         if elapsed > 0:
             # The median: one keypoint that jumps does not move the whole person.
             measured = np.median(keypoints - track.keypoints, axis=0) / elapsed
             track.velocity += VELOCITY_SHARE * (measured - track.velocity)
-        track.keypoints, track.area, track.time = keypoints, _area(result.extents[pose]), time
+        track.keypoints, track.area, track.time = keypoints, area, time
 
 
-def _area(box: np.ndarray) -> float:
-    width, height = np.maximum(box[2:] - box[:2], 1).astype(float)
-    return AREA_OF_BOX * width * height
+def _areas(result: PoseResult) -> np.ndarray:
+    """Return the areas (n,) of the people, pixels^2."""
+    sides = np.maximum(result.extents[:, 2:] - result.extents[:, :2], 1).astype(float)  # (n, 2)
+    return AREA_OF_BOX * sides.prod(1)
 
 
 class OneEuroFilter:
@@ -177,11 +177,11 @@ class PoseSmoother:
             time: seconds, later than in the call before.
         """
         self._filters = {n: entry for n, entry in self._filters.items() if time - entry[2] <= self._patience}
-        keypoints, extents = result.keypoints.copy(), result.extents
+        keypoints, units = result.keypoints.copy(), _areas(result) ** 0.5
         for pose, number in enumerate(numbers.tolist()):
             if number == UNTRACKED:
                 continue
-            new = (OneEuroFilter(self._min_cutoff, self._beta), _area(extents[pose]) ** 0.5, time)
+            new = (OneEuroFilter(self._min_cutoff, self._beta), units[pose], time)
             smoother, unit, _ = self._filters.get(number, new)
             keypoints[pose] = smoother(result.keypoints[pose] / unit, time) * unit
             self._filters[number] = (smoother, unit, time)
