@@ -44,6 +44,7 @@ def assert_agrees(inputs, dtype, tolerance):
     """The kernel in `dtype` against the float64 reference on the very same numbers, forward and backward."""
     value, shapes, locations, weights = inputs
     rounded = [x.to(dtype) for x in (value, locations, weights)]
+    torch.manual_seed(0)
     grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(dtype)
     exact = [x.double() for x in rounded]
     expected = run(deformable_sampling_reference, exact[0], shapes, exact[1], exact[2], grad_output)
@@ -160,6 +161,7 @@ def test_half_precision_rounds_once(dtype, unit, same):
     expected = deformable_sampling_reference(exact[0], shapes, exact[1], exact[2])
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, rtol=unit, atol=1e-6)
+    torch.manual_seed(0)
     grad_output = torch.randn(2, 40, 42).to(dtype)
     results = run(deformable_sampling, value, shapes, locations, weights, grad_output)
     wanted = run(deformable_sampling_reference, exact[0], shapes, exact[1], exact[2], grad_output)
@@ -381,7 +383,7 @@ def start(**environment):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output.strip(), [line for line in errors.splitlines() if line.startswith("LOG")]
 

@@ -1,17 +1,16 @@
-"""Kernels: multi-scale deformable sampling and the choice of its implementation; `separable.py` has convolutions in C.
+"""Multi-scale deformable sampling: its interface and the choice of a kernel.
 
-`reference.py` is plain torch and the definition of the result; `cpu.py` is C, `gpu.py` is Triton. An implementation for
-another device is a module of its own with the same function, and a few lines in `kernel_name`.
+`reference.py` is plain torch and defines the result, `cpu.py` is in C, `gpu.py` in Triton. A kernel for another device
+is one more module with an operator, and an entry in `_OPERATORS`, `_DTYPES` and `_DEVICES`. `separable.py` has
+convolutions in C.
 """
 
 import functools
-import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,80 +23,63 @@ __all__ = ["deformable_sampling", "kept_as_operator", "kernel_name"]
 
 logger = logging.getLogger("hpetr")
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LARGEST_SIDE = 2**24  # beyond it float32 cannot tell one pixel from the next
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPERATORS = {"c": "deformable_sampling", "triton": "deformable_sampling_triton"}
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = {"c": cpu.DTYPES, "triton": (torch.float32, *_HALF_DTYPES)}
+_DEVICES = {"cpu": "c", "cuda": "triton"}
+_MAX_SIDE = 2**24  # float32 cannot tell neighboring pixels of larger maps apart
 _kept_as_operator = ContextVar("kept_as_operator", default=False)
 
 
 @functools.cache
-def _gpu() -> ModuleType | None:
-    """`hpetr.model.ops.gpu`; None, after one warning in the log, where there is no Triton.
-
-    Not imported before a GPU asks for it: Triton takes a second, and whoever has no GPU mostly has no Triton.
-    """
+def _is_available(kernel: str, device: torch.device) -> bool:
+    """Compile a kernel and return whether it works on a device; the log has the reason if it does not."""
+    if kernel == "c":
+        return cpu.load() is not None
     try:
-        return importlib.import_module("hpetr.model.ops.gpu")
+        from hpetr.model.ops import gpu  # importing Triton takes a second
     except ImportError as error:
         logger.warning("deformable sampling uses slow plain torch on the GPU: %s", error)
-        return None
-
-
-def _deformable_sampling_triton(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
-    """Call the operator of `gpu.py`, which `kernel_name` has imported: `torch.compile` cannot trace an import."""
-    sides = [side for shape in spatial_shapes for side in shape]
-    return torch.ops.hpetr.deformable_sampling_triton(value, sides, locations, weights)
-
-
-_KERNELS: dict[str, Callable[..., Tensor]] = {
-    "reference": deformable_sampling_reference,
-    "c": cpu.deformable_sampling_c,
-    "triton": _deformable_sampling_triton,
-}
+        return False
+    return gpu.is_available(device)
 
 
 @torch.compiler.assume_constant_result
 def kernel_name(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Which kernel `deformable_sampling` uses for values of this device and dtype: "c", "triton" or "reference".
+    """Return the kernel of `deformable_sampling` for a device and dtype: "c", "triton" or "reference".
 
-    The environment variable `HPETR_KERNEL` forces one of them; unset or "auto", the fastest one that works here is
-    taken. Asking for the first time compiles the kernel. With `TRITON_INTERPRET=1` Triton can be forced on the CPU.
+    The environment variable `HPETR_KERNEL` forces one of them; unset or "auto", it is the fastest one that works. The
+    first call compiles the kernel. With `TRITON_INTERPRET=1` Triton can be forced on the CPU.
 
     Raises:
         InputError: `HPETR_KERNEL` names no kernel, or forces one that cannot run here.
     """
     setting = os.environ.get("HPETR_KERNEL", "auto")
-    if setting not in ("auto", *_KERNELS):
-        raise InputError(f"HPETR_KERNEL={setting}: expected auto, {' or '.join(sorted(_KERNELS))}")
+    if setting not in ("auto", "reference", *_OPERATORS):
+        raise InputError(f"HPETR_KERNEL={setting}: expected auto, c, reference or triton")
     device = torch.device(device)
-    if setting == "reference" or device.type == "meta":  # meta: shapes only, nothing is computed
+    if setting == "reference" or device.type == "meta":  # meta tensors have shapes alone
         return "reference"
-    name = {"cpu": "c", "cuda": "triton"}.get(device.type, "reference")
+    name = _DEVICES.get(device.type, "reference")
     if setting == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         name = "triton"
-    dtypes = cpu.DTYPES if name == "c" else _GPU_DTYPES
-    if dtype not in dtypes:
+    if name != "reference" and dtype not in _DTYPES[name]:
         name = "reference"
     if setting not in ("auto", name):
-        kind = "CPU" if setting == "c" else "GPU"
-        wanted = ", ".join(str(x) for x in (cpu.DTYPES if setting == "c" else _GPU_DTYPES))
-        raise InputError(f"HPETR_KERNEL={setting}: expected a {kind} tensor of {wanted}, got {device}, {dtype}")
-    if name == "reference" or (name == "c" and cpu.load() is not None):
-        return name
-    if name == "triton" and (gpu := _gpu()) is not None and gpu.works(device):
+        dtypes, kind = ", ".join(map(str, _DTYPES[setting])), "CPU" if setting == "c" else "GPU"
+        raise InputError(f"HPETR_KERNEL={setting}: expected a {kind} tensor of {dtypes}, got {device}, {dtype}")
+    if name == "reference" or _is_available(name, device):
         return name
     if setting == name:
-        raise InputError(f"HPETR_KERNEL={setting}: this kernel cannot be had here (the log says why)")
+        raise InputError(f"HPETR_KERNEL={setting}: this kernel does not work here, the log has the reason")
     return "reference"
 
 
 @contextmanager
 def kept_as_operator() -> Iterator[None]:
-    """Within it, `torch.export` keeps each sampling as one node `hpetr::deformable_sampling` instead of plain torch.
+    """Keep each sampling as one node `hpetr::deformable_sampling` in graphs of `torch.export` instead of plain torch.
 
-    Whoever translates the graph has to know that operator. Tracing h-petr-nano takes less than half the time: the
+    The translation of the graph needs a rule for that operator. Tracing h-petr-nano takes less than half the time: the
     shapes inside `grid_sample` are long symbolic expressions.
     """
     token = _kept_as_operator.set(True)
@@ -113,19 +95,19 @@ def deformable_sampling(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sum of bilinear samples from feature maps of several scales (the core of deformable attention).
+    """Return the weighted sum of bilinear samples from feature maps of several scales.
 
-    Maps are read with zeros outside and pixel centers at half-integers (`align_corners=False`): location (x, y) is
-    pixel (x * W_l - 0.5, y * H_l - 0.5) of level l. NaN and infinite locations are safe: the kernels in C and Triton
-    take them as outside the map.
+    This is the core of deformable attention. Maps are zero outside, and pixel centers are at half-integers
+    (`align_corners=False`): location (x, y) is pixel (x * W_l - 0.5, y * H_l - 0.5) of level l. The kernels in C and
+    Triton take NaN and infinite locations as outside the map.
 
     Args:
         value: (B, S, M, D) tokens of all levels, one after the other, each row by row; M heads of width D.
-        spatial_shapes: L pairs (H_l, W_l) of ints, S = sum of H_l * W_l.
-        sampling_locations: (B, Q, M, L, P, 2) as (x, y), [0, 1] across the level's map.
+        spatial_shapes: (H_l, W_l) of L levels, S = sum of H_l * W_l.
+        sampling_locations: (B, Q, M, L, P, 2) x, y, 0..1 across the level's map.
         attention_weights: (B, Q, M, L, P), already normalized.
-            Each of `value`'s dtype, or float32 where `value` is float16 or bfloat16: half-precision locations miss by
-            up to half a pixel on a map 200 wide. The arithmetic is float32 at least.
+            Locations and weights have `value`'s dtype, or float32 beside a float16 or bfloat16 `value`: half-precision
+            locations are up to half a pixel off on a map 200 wide. The arithmetic is float32 or float64.
 
     Returns:
         (B, Q, M*D) of `value`'s dtype. Differentiable once in the three tensors. Deterministic, except the gradient of
@@ -135,13 +117,17 @@ def deformable_sampling(
         ValueError: shapes, dtypes or devices do not fit together.
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        # no checks: comparing symbolic sizes would tie the exported graph to the traced ones
-        export = cpu.deformable_sampling_c if _kept_as_operator.get() else deformable_sampling_reference
-        return export(value, spatial_shapes, sampling_locations, attention_weights)
-    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
-    _check_types(value, sampling_locations, attention_weights)
-    kernel = _KERNELS[kernel_name(value.device, value.dtype)]
-    return kernel(value, spatial_shapes, sampling_locations, attention_weights)
+        # No checks: comparing symbolic sizes would tie the exported graph to the traced ones.
+        kernel = "c" if _kept_as_operator.get() else "reference"
+    else:
+        _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+        _check_types(value, sampling_locations, attention_weights)
+        kernel = kernel_name(value.device, value.dtype)
+    if kernel == "reference":
+        return deformable_sampling_reference(value, spatial_shapes, sampling_locations, attention_weights)
+    sides = [side for shape in spatial_shapes for side in shape]
+    # By name, as `torch.compile` cannot trace the import of `gpu.py`; `kernel_name` has imported it.
+    return getattr(torch.ops.hpetr, _OPERATORS[kernel])(value, sides, sampling_locations, attention_weights)
 
 
 def _check_shapes(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
@@ -151,9 +137,8 @@ def _check_shapes(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], loca
             f"got {tuple(value.shape)}, {tuple(locations.shape)} and {tuple(weights.shape)}"
         )
     batch, tokens, heads, width = value.shape
-    for h, w in spatial_shapes:
-        if not (0 < h < _LARGEST_SIDE and 0 < w < _LARGEST_SIDE):
-            raise ValueError(f"spatial_shapes: expected positive sizes (H, W) below 2^24, got {(h, w)}")
+    if not all(0 < side < _MAX_SIDE for shape in spatial_shapes for side in shape):
+        raise ValueError(f"spatial_shapes: expected positive sizes (H, W) below 2^24, got {list(spatial_shapes)}")
     if sum(h * w for h, w in spatial_shapes) != tokens:
         raise ValueError(f"spatial_shapes {list(spatial_shapes)} do not add up to value's {tokens} tokens")
     queries, points = locations.shape[1], locations.shape[4]
@@ -177,9 +162,8 @@ def _check_types(value: Tensor, locations: Tensor, weights: Tensor) -> None:
         raise ValueError(f"tensors on different devices: {value.device}, {locations.device}, {weights.device}")
     if any(x.layout != torch.strided for x in (value, locations, weights)):
         raise ValueError(f"expected dense tensors, got {value.layout}, {locations.layout} and {weights.layout}")
-    half = value.dtype in (torch.float16, torch.bfloat16)
-    allowed = (value.dtype, torch.float32) if half else (value.dtype,)
-    if value.dtype not in _DTYPES or locations.dtype not in allowed or weights.dtype not in allowed:
+    allowed = (value.dtype, torch.float32) if value.dtype in _HALF_DTYPES else (value.dtype,)
+    if value.dtype not in cpu.DTYPES or locations.dtype not in allowed or weights.dtype not in allowed:
         raise ValueError(
             "expected value, sampling_locations and attention_weights of one dtype, float16 to float64 (the last two "
             f"may be float32 beside a half-precision value), got {value.dtype}, {locations.dtype} and {weights.dtype}"

@@ -1,14 +1,13 @@
-"""Deformable sampling in Triton: two kernels, compiled by Triton at first use, then two torch custom operators.
+"""Deformable sampling in Triton: two kernels, compiled at first use, and two torch operators.
 
-Like the C kernel's, the operators compose with autograd, `torch.compile` and inference mode, and trust their caller,
-`hpetr.model.ops.deformable_sampling`, to have checked shapes, dtypes and devices. The package `triton` comes with the
-GPU builds of torch; only `hpetr.model.ops` imports this module, when a tensor of a GPU asks for it.
+The operators work with autograd, `torch.compile` and inference mode. They rely on `hpetr.model.ops.deformable_sampling`
+to have checked shapes, dtypes and devices. The package `triton` comes with the GPU builds of torch; `hpetr.model.ops`
+imports this module when a tensor on a GPU needs it.
 
-A program takes one head of a block of consecutive queries, whose points mostly lie near each other: the pixels that
-they share are then read from the multiprocessor's own cache.
+A program takes one head of a block of consecutive queries. Their points mostly lie near each other, so that shared
+pixels are read from the multiprocessor's cache.
 """
 
-import functools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -18,24 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpetr.errors import first_line
 from hpetr.model.ops.operators import complete_operators
 
 logger = logging.getLogger("hpetr")
 
-# Elements (queries x head width) of a program, forward and backward, and its warps: 4 or 8 elements a thread, so that
+# Elements (queries x head width) of a program, forward and backward, and its warps. With 4 or 8 elements a thread,
 # float32 and bfloat16 rows are read 16 bytes at a time.
 _FORWARD_TILE, _BACKWARD_TILE, _WARPS = 1024, 512, 4
 
 
-# ------------------------------------------------------------------------------------------------ kernels
-
-
 @triton.jit
 def _pixel(location, side):
-    """Whole part and fraction of location * side - 0.5, the whole part on the right side of every pixel border.
+    """Return whole part and fraction of location * side - 0.5, exact at pixel borders.
 
-    In plain float32 a location within 1e-5 of a border on a map 200 wide falls on the wrong side, and its gradient is
-    then wrong altogether. The upper 12 bits of the location times a side below 4096 are exact, and so is the remainder.
+    In plain float32, a location within 1e-5 of a border on a map 200 wide falls on its wrong side and has a wrong
+    gradient. The upper 12 bits of the location times a side below 4096 are exact, and so is the remainder.
     """
     upper = (location.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     rest = (location - upper) * side
@@ -44,14 +41,14 @@ def _pixel(location, side):
     fraction = position - whole
     carry = tl.floor(fraction + rest)
     rest += fraction - carry
-    # the sum may have been rounded up to the border
+    # The sum may have been rounded up to the border.
     short = tl.where(rest < 0.0, 1.0, 0.0)
     return whole + (carry - short), rest + short
 
 
 @triton.jit
 def _locate(x_location, y_location, width, height):
-    """Top left pixel (x, y), fractions to its right and below, and whether each of its four corners is on the map.
+    """Return the top left pixel (x, y), the fractions to its right and below, and which corners are on the map.
 
     Corners: top left, top right, bottom left, bottom right. NaN and infinite locations are outside, at pixel (0, 0).
     """
@@ -66,7 +63,7 @@ def _locate(x_location, y_location, width, height):
 
 @triton.jit
 def _block(tokens, queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows: index of each query and head (BLOCK,), whether it exists, and the head's start in value."""
+    """Return the program's rows (BLOCK,) of queries and heads, which of them exist, and the head's start in value."""
     program = tl.program_id(0)
     blocks = tl.cdiv(queries, BLOCK)
     head, task = program % HEADS, program // HEADS
@@ -75,7 +72,7 @@ def _block(tokens, queries, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     return (batch * queries + query) * HEADS + head, query < queries, batch * tokens * HEADS + head
 
 
-# the number of tokens and queries changes from image to image: compile nothing anew for multiples of 16
+# Not specialized: tokens and queries change from image to image, and each multiple of 16 would be compiled again.
 @triton.jit(do_not_specialize=["tokens", "queries"])
 def _forward_kernel(
     value_pointer,
@@ -105,7 +102,7 @@ def _forward_kernel(
         height, width = sides[2 * level], sides[2 * level + 1]
         down = tl.cast(width, tl.int32)
         for point in range(level * POINTS, (level + 1) * POINTS):
-            # what no query wants lies outside
+            # Rows past the last query lie outside.
             x, y = tl.split(tl.load(location_pointers + 2 * point, mask=exists[:, None], other=-9.0).to(tl.float32))
             weight = tl.load(weights_pointer + point, mask=exists, other=0.0).to(tl.float32)
             x, y, right, below, in00, in01, in10, in11 = _locate(x, y, width, height)
@@ -144,7 +141,7 @@ def _backward_kernel(
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """As above; `grad_value_pointer` is float32 and zero on entry, as programs add to each other's tokens."""
+    """See `_forward_kernel`; `grad_value_pointer` is float32 and zero on entry: programs add to the same tokens."""
     rows, exists, head = _block(tokens, queries, HEADS, BLOCK)
     channels = tl.arange(0, CHANNELS)[None, :]
     in_width = channels < WIDTH
@@ -190,35 +187,23 @@ def _backward_kernel(
         start += (tl.cast(height, tl.int32) * down).to(tl.int64) * (HEADS * WIDTH)
 
 
-# ------------------------------------------------------------------------------------------------ operators
-
-
-def _launch(kernel, tile: int, value: Tensor, weights: Tensor, spatial_shapes: Sequence[int], *tensors: Tensor) -> None:
-    """Run `kernel` on blocks of `tile` elements; `tensors` are all its pointers, contiguous, in order."""
+def _launch(kernel, tile: int, value: Tensor, weights: Tensor, sides: Sequence[int], *tensors: Tensor) -> None:
+    """Run a kernel on blocks of `tile` elements; `tensors` are all its pointers, contiguous, in order."""
     batch, tokens, heads, width = value.shape
     _, queries, _, levels, points = weights.shape
     channels = triton.next_power_of_2(width)
     block = max(tile // channels, 1)
+    index = tl.int32 if tokens * heads * width < 2**31 else tl.int64
+    # float32: integers in a tuple are compiled in, once for each pattern of ones and multiples of 16.
+    sizes = (tuple(float(side) for side in sides), tokens, queries)
+    constants = (heads, width, levels, points, block, channels, index)
     with torch.cuda.device_of(value):  # Triton launches on the current device
-        kernel[(batch * heads * triton.cdiv(queries, block),)](
-            *tensors,
-            # float32: integers in a tuple would be compiled in, once per pattern of ones and multiples of 16
-            tuple(float(side) for side in spatial_shapes),
-            tokens,
-            queries,
-            HEADS=heads,
-            WIDTH=width,
-            LEVELS=levels,
-            POINTS=points,
-            BLOCK=block,
-            CHANNELS=channels,
-            INDEX=tl.int32 if tokens * heads * width < 2**31 else tl.int64,
-            num_warps=_WARPS,
-        )
+        grid = (batch * heads * triton.cdiv(queries, block),)
+        kernel[grid](*tensors, *sizes, *constants, num_warps=_WARPS)
 
 
 def _refuse_if_deterministic() -> None:
-    """What torch's own operators do whose sums come in any order."""
+    """Raise or warn, like torch's own operators, if deterministic algorithms are wanted."""
     if not torch.are_deterministic_algorithms_enabled():
         return
     message = "the gradient of deformable sampling's value is not deterministic on a GPU (HPETR_KERNEL=triton)"
@@ -228,18 +213,18 @@ def _refuse_if_deterministic() -> None:
 
 
 @torch.library.custom_op("hpetr::deformable_sampling_triton", mutates_args=())
-def _forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+def _forward(value: Tensor, sides: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     output = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])  # (B, Q, M*D)
     if output.numel():
         tensors = (value, locations, weights, output)
-        _launch(_forward_kernel, _FORWARD_TILE, value, weights, spatial_shapes, *tensors)
+        _launch(_forward_kernel, _FORWARD_TILE, value, weights, sides, *tensors)
     return output
 
 
 @torch.library.custom_op("hpetr::deformable_sampling_triton_backward", mutates_args=())
 def _backward(
-    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
+    grad_output: Tensor, value: Tensor, sides: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_if_deterministic()
     inputs = [x.contiguous() for x in (grad_output, value, locations, weights)]
@@ -247,39 +232,25 @@ def _backward(
     grad_locations, grad_weights = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
     if grad_output.numel():
         tensors = (*inputs, grad_value, grad_locations, grad_weights)
-        _launch(_backward_kernel, _BACKWARD_TILE, value, weights, spatial_shapes, *tensors)
+        _launch(_backward_kernel, _BACKWARD_TILE, value, weights, sides, *tensors)
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
 complete_operators(_forward, _backward)
 
 
-def deformable_sampling_triton(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """The same function as `hpetr.model.ops.deformable_sampling`, in Triton, without its checks.
-
-    float32, bfloat16 and float16, on a GPU; with `TRITON_INTERPRET=1` in the environment also on the CPU, slowly.
-    """
-    return _forward(value, [side for shape in spatial_shapes for side in shape], sampling_locations, attention_weights)
-
-
-@functools.cache
-def works(device: torch.device) -> bool:
-    """Whether the kernel runs on `device`, found out by running it once; the log says why where it does not.
+def is_available(device: torch.device) -> bool:
+    """Run the kernel once and return whether it works on a device; the log has the reason if it does not.
 
     Triton needs a GPU that it knows, and a C compiler and Python's headers for the code that launches kernels.
     """
     try:
         point = torch.full((1, 1, 1, 1, 1, 2), 0.5, device=device)
         one = torch.ones(1, 1, 1, 1, device=device)
-        if deformable_sampling_triton(one, [(1, 1)], point, one[..., None]).item() == 1.0:
+        if _forward(one, [1, 1], point, one[..., None]).item() == 1.0:
             return True
         reason = "it gives a wrong result"
-    except Exception as error:  # whatever Triton, its compilers or the driver raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    except Exception as error:  # Triton, its compilers and the driver raise all kinds
+        reason = first_line(error)
     logger.warning("deformable sampling uses slow plain torch on %s, as Triton does not work here: %s", device, reason)
     return False

@@ -1,4 +1,4 @@
-"""What makes a forward and a backward of deformable sampling two whole torch operators: shapes alone, and autograd."""
+"""Shapes and gradient of the operators of deformable sampling, whatever computes them."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.library import CustomOpDef
 
 
 def complete_operators(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Register fakes for both operators, and `backward` as the gradient of `forward`.
+    """Register the output shapes of two operators, and `backward` as the gradient of `forward`.
 
     Args:
         forward: (value (B, S, M, D), sides, locations (B, Q, M, L, P, 2), weights (B, Q, M, L, P)) -> (B, Q, M*D).
@@ -16,27 +16,22 @@ def complete_operators(forward: CustomOpDef, backward: CustomOpDef) -> None:
     """
 
     @forward.register_fake
-    def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    def _(value: Tensor, sides: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
         return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
     @backward.register_fake
     def _(
-        grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        contiguous = torch.contiguous_format
-        return (
-            torch.empty_like(value, memory_format=contiguous),
-            torch.empty_like(locations, memory_format=contiguous),
-            torch.empty_like(weights, memory_format=contiguous),
-        )
+        grad_output: Tensor, value: Tensor, sides: Sequence[int], locations: Tensor, weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
 
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        value, ctx.spatial_shapes, locations, weights = inputs  # type: ignore[attr-defined]
+        value, ctx.sides, locations, weights = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(value, locations, weights)
 
     def differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         value, locations, weights = ctx.saved_tensors
-        grads = backward(grad_output, value, ctx.spatial_shapes, locations, weights)
+        grads = backward(grad_output, value, ctx.sides, locations, weights)
         return grads[0], None, grads[1], grads[2]
 
     forward.register_autograd(differentiate, setup_context=setup_context)

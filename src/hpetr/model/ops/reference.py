@@ -1,4 +1,4 @@
-"""Deformable sampling in plain torch: any device and dtype, differentiable, exportable. It defines the result."""
+"""Deformable sampling in plain torch, for any device and dtype; it is exportable and defines the result."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ def deformable_sampling_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The same function as `hpetr.model.ops.deformable_sampling`, on `F.grid_sample`, without its checks.
+    """Compute `hpetr.model.ops.deformable_sampling` with `F.grid_sample`, without its checks.
 
-    Half-precision input is computed in float32 and rounded once, at the end: 8 or 11 bits cannot address a pixel.
+    Half-precision input is computed in float32, since 8 or 11 bits cannot address a pixel, and rounded at the end.
     """
     batch, _, heads, width = value.shape
     queries = sampling_locations.shape[1]
     if batch == 0 or queries == 0:
-        # grid_sample refuses an empty batch; the sums keep the (empty) result in the autograd graph
+        # grid_sample refuses an empty batch; the sums keep the empty result in the autograd graph.
         empty = value.new_zeros(batch, queries, heads * width)
         return empty + (value.sum() + sampling_locations.sum() + attention_weights.sum()).to(value.dtype) * 0
     compute_dtype = torch.promote_types(value.dtype, torch.float32)

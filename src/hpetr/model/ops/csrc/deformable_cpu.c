@@ -1,9 +1,8 @@
-/* Multi-scale deformable sampling on the CPU, forward and backward. Compiled at first use by kernels/cpu.py, which also
- * checks every shape: the functions here trust their arguments, except the locations' values, which may be anything.
+/* Multi-scale deformable sampling on the CPU, forward and backward. ops/cpu.py compiles it, ops/__init__.py checks the
+ * shapes. Locations may have any value.
  *
- * Layouts, all contiguous (see kernels/__init__.py): value (B, S, M, D), loc (B, Q, M, L, P, 2), attn (B, Q, M, L, P),
- * out (B, Q, M, D). Needs GCC's vector extensions, which clang has too; the vectors are split where the CPU's are
- * narrower.
+ * Contiguous layouts: value (B, S, M, D), loc (B, Q, M, L, P, 2), attn (B, Q, M, L, P), out (B, Q, M, D). Needs the
+ * vector extensions of GCC and clang, which split vectors for CPUs with narrower ones.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -11,29 +10,23 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#define omp_get_thread_num() 0
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#define QUERY_BLOCK 16 /* queries a thread takes at a time */
-#define TILE 8         /* points located at a time */
+#define QUERY_BLOCK 16 /* queries of a task */
+#define TILE 8         /* points of a tile */
 
-/* Mirrored by `_Problem` in kernels/cpu.py. */
+/* `_Problem` in ops/cpu.py. */
 typedef struct {
     int64_t batch, tokens, heads, width, levels, queries, points, threads;
     const int64_t *shapes; /* (levels, 2): height, width */
 } problem;
 
-static inline int64_t thread_number(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-/* Arrays over the points of a head (levels x points). */
+/* Arrays over the points of a head (levels x points): sides of the point's level in pixels, and its first token. */
 typedef struct {
-    double *width, *height, *start; /* of the point's level: sides in pixels, first token */
+    double *width, *height, *start;
 } level_of_point;
 
 static int spread_levels(const problem *p, level_of_point *spread) {
@@ -59,8 +52,8 @@ static int64_t level_start(const problem *p, int64_t level) {
     return start;
 }
 
-/* Rounding errors of a float sum of n terms grow with n; of blocks of k terms, summed, with k and n / k. With n the
- * mean number of terms per token of the level, k = max(64, sqrt(n)); in units of QUERY_BLOCK queries. */
+/* Blocks of queries from one flush of a level to the next. The rounding error of a float sum of n terms grows with n,
+ * that of a sum over blocks of k terms with k and n / k: k = max(64, sqrt(n)), n = mean number of terms of a token. */
 static int64_t blocks_per_flush(const problem *p, int64_t level) {
     const double per_query = 4.0 * (double)p->points / (double)(p->shapes[2 * level] * p->shapes[2 * level + 1]);
     const double terms = __builtin_sqrt(per_query * (double)p->queries);
@@ -71,9 +64,6 @@ typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
 typedef float loose_floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double loose_doubles __attribute__((vector_size(32), aligned(8), may_alias));
-
-#define LOAD(p) (*(p))
-#define STORE(p, x) (*(p) = (x))
 
 /* dot[c] += sum of the lanes of v[c], for four vectors at once. */
 static ALWAYS_INLINE void add_lane_sums_f32(float *dot, const floats *v) {
@@ -108,14 +98,6 @@ static ALWAYS_INLINE void add_lane_sums_f64(double *dot, const doubles *v) {
 #define STORE_VEC(p, x) (*(loose_floats *)(p) = (x))
 #define ADD_LANE_SUMS add_lane_sums_f32
 #include "deformable_template.h"
-#undef NAME
-#undef REAL
-#undef VALUE
-#undef LANES
-#undef VEC
-#undef LOAD_VEC
-#undef STORE_VEC
-#undef ADD_LANE_SUMS
 
 #define NAME(x) x##_f64
 #define REAL double
@@ -126,16 +108,6 @@ static ALWAYS_INLINE void add_lane_sums_f64(double *dot, const doubles *v) {
 #define STORE_VEC(p, x) (*(loose_doubles *)(p) = (x))
 #define ADD_LANE_SUMS add_lane_sums_f64
 #include "deformable_template.h"
-#undef NAME
-#undef REAL
-#undef VALUE
-#undef LANES
-#undef VEC
-#undef LOAD
-#undef STORE
-#undef LOAD_VEC
-#undef STORE_VEC
-#undef ADD_LANE_SUMS
 #undef BACKWARD
 
 /* bfloat16: value and out are the upper halves of floats; locations, weights and sums are float. */
@@ -152,7 +124,7 @@ static ALWAYS_INLINE float load_bf16(const uint16_t *p) {
 static ALWAYS_INLINE void store_bf16(uint16_t *p, float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    /* round to nearest even; a NaN stays one (rounding could carry its payload away) */
+    /* Round to nearest even. Rounding could turn a NaN into another number. */
     *p = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 

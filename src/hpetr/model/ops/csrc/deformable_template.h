@@ -1,16 +1,20 @@
-/* One instantiation of deformable sampling; included by deformable_cpu.c once per dtype, with these macros set:
+/* Deformable sampling for one dtype. deformable_cpu.c includes it once a dtype, with macros that it undefines:
  *   REAL    arithmetic type            VALUE   storage type of value and out
- *   LANES   REALs in one vector        VEC     vector of LANES REALs (need not be aligned)
- *   LOAD_VEC / STORE_VEC / LOAD / STORE   conversions between VALUE and VEC / REAL
- *   NAME(x) x with the dtype's suffix  BACKWARD  defined when the backward pass is wanted (VALUE is then REAL)
+ *   LANES   REALs in one vector        VEC     vector of LANES REALs, of any alignment
+ *   LOAD_VEC / STORE_VEC / LOAD / STORE   conversions between VALUE and VEC / REAL; the last two default to copies
+ *   NAME(x) x with the dtype's suffix  BACKWARD   defined for a backward pass, VALUE is then REAL
  *
- * The head width is walked in chunks of 4, 2 and 1 vectors and then single elements, so each chunk accumulates in
- * registers whatever D is: D = 32 floats is one chunk of four, D = 16 one of two.
+ * The head width is processed in chunks of 4, 2 and 1 vectors and then single elements, so that each chunk is summed in
+ * registers: D = 32 floats is one chunk of four, D = 16 one of two.
  */
+#ifndef LOAD
+#define LOAD(p) (*(p))
+#define STORE(p, x) (*(p) = (x))
+#endif
 
-/* Where the points of one query and head fall, TILE points a struct, so that it is filled by vector code. A corner
- * outside its map has weight 0 and stands on its neighbor inside, a token the point reads anyway: no branch in the
- * inner loops, and no foreign NaN can leak in. A point wholly outside has inside = 0 and is not read at all. */
+/* The places of TILE points of one query and head, so that vector code fills it. A corner outside the map has weight 0
+ * and the token of its neighbor inside, which the point reads anyway: the inner loops need no branch, and no other
+ * token's NaN leaks in. A point that is wholly outside has inside = 0 and is not read. */
 typedef struct {
     int32_t inside[TILE], token[TILE], right[TILE], below[TILE]; /* top left token; steps to right column, lower row */
     REAL corner[4][TILE];               /* top left, top right, bottom left, bottom right: bilinear x attention */
@@ -21,9 +25,8 @@ typedef struct {
 #endif
 } __attribute__((aligned(64))) NAME(tile);
 
-/* Fill one tile for points i..i+n-1. The position is computed in double: for float32 locations that is exact, so
- * floor() is never off by one, and the bilinear weights keep all their bits on wide maps (in float32, loc * 200 would
- * already have lost eight of them). */
+/* Fill one tile for points i..i+n-1. Positions are double, exact for float32 locations: floor() is never off by one, and
+ * bilinear weights keep all bits on wide maps, where a float32 loc * 200 loses eight of them. */
 static ALWAYS_INLINE void NAME(locate_tile)(const level_of_point *levels, int64_t i, int n, const REAL *restrict loc,
                                             const REAL *restrict attn, NAME(tile) *restrict s, int backward) {
     const double *restrict widths = levels->width + i, *restrict heights = levels->height + i;
@@ -68,15 +71,15 @@ static ALWAYS_INLINE void NAME(locate)(const level_of_point *levels, int64_t beg
     }
 }
 
-/* `rows`: the offsets of point j's four rows, in elements. */
+/* rows: the offsets of the four rows of point j, in elements. */
 #define ROWS(s, j, stride)                                                                                             \
     const int64_t rows0 = (s)->token[j] * (stride), step = (s)->right[j] * (stride), down = (s)->below[j] * (stride);  \
     const int64_t rows[4] = {rows0, rows0 + step, rows0 + down, rows0 + down + step}
 
-/* out[0 .. vectors * LANES) of one query and head; `vectors` is a constant where this is inlined. */
+/* out[0 .. vectors * LANES) of one query and head; `vectors` is a constant after inlining. */
 static ALWAYS_INLINE void NAME(forward_chunk)(const NAME(tile) *tiles, const NAME(tile) *last, const VALUE *value,
                                               int64_t stride, VALUE *out, int vectors) {
-    /* at least 8 independent sums, or each multiply-add would wait for the one before */
+    /* At least 8 independent sums: each multiply-add of a single one would wait for the one before. */
     const int sets = vectors == 4 ? 2 : 4;
     VEC sum[4][4] = {{{0}}};
     for (const NAME(tile) *s = tiles; s < last; s++)
@@ -108,8 +111,8 @@ static ALWAYS_INLINE void NAME(forward_row)(const NAME(tile) *tiles, const NAME(
     }
 }
 
-/* Tasks are blocks of queries of one image; all heads of a query come together, as their rows share pages of memory.
- * Returns 0, or 1 when memory is short. */
+/* A task is a block of queries of one image, with all heads of each query, whose rows share pages of memory. Returns 0,
+ * or 1 without memory. */
 int NAME(hpetr_forward)(const problem *p, const VALUE *value, const REAL *loc, const REAL *attn, VALUE *out) {
     const int64_t count = p->levels * p->points, tiles_per_head = (count + TILE - 1) / TILE;
     const int64_t blocks = (p->queries + QUERY_BLOCK - 1) / QUERY_BLOCK, stride = p->heads * p->width;
@@ -118,7 +121,7 @@ int NAME(hpetr_forward)(const problem *p, const VALUE *value, const REAL *loc, c
     if (!memory || spread_levels(p, &levels)) return free(memory), 1;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p->threads)
     for (int64_t task = 0; task < p->batch * blocks; task++) {
-        NAME(tile) *tiles = memory + thread_number() * tiles_per_head;
+        NAME(tile) *tiles = memory + omp_get_thread_num() * tiles_per_head;
         const int64_t b = task / blocks, begin = (task % blocks) * QUERY_BLOCK;
         const int64_t end = begin + QUERY_BLOCK < p->queries ? begin + QUERY_BLOCK : p->queries;
         for (int64_t q = begin; q < end; q++)
@@ -135,8 +138,8 @@ int NAME(hpetr_forward)(const problem *p, const VALUE *value, const REAL *loc, c
 }
 
 #ifdef BACKWARD
-/* The rows of one point may coincide (see `tile`), so grad_value is deliberately not restrict: each corner's
- * read-modify-write must be complete before the next one's. */
+/* grad_value is not restrict: the rows of one point may coincide (see `tile`), and each corner's sum must be stored before
+ * the next one's is loaded. */
 static ALWAYS_INLINE void NAME(backward_chunk)(NAME(tile) *tiles, const NAME(tile) *last, const REAL *value,
                                                int64_t stride, const REAL *grad_out, REAL *grad_value, int vectors) {
     VEC grad[4];
@@ -181,7 +184,7 @@ static ALWAYS_INLINE void NAME(backward_row)(NAME(tile) *tiles, const NAME(tile)
             }
 }
 
-/* Gradients of points i..i+n-1, from the dot products of their tile. */
+/* Gradients of points i..i+n-1 from the dot products of their tile. */
 static ALWAYS_INLINE void NAME(point_gradients)(const level_of_point *levels, int64_t i, int n,
                                                 const REAL *restrict attn, const NAME(tile) *restrict s,
                                                 REAL *restrict grad_loc, REAL *restrict grad_attn) {
@@ -201,20 +204,16 @@ static ALWAYS_INLINE void NAME(point_gradients)(const level_of_point *levels, in
     }
 }
 
-/* The slice of tokens begin..end-1 of one head, between its place in a (S, M, D) tensor and a dense (S, D) copy. */
-static void NAME(gather)(const REAL *slice, int64_t stride, REAL *dense, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; t++) memcpy(dense + t * width, slice + t * stride, (size_t)width * sizeof(REAL));
-}
-
+/* Add tokens begin..end-1 of a dense (S, D) array to those of one head in a (S, M, D) tensor, and clear them. */
 static void NAME(flush)(REAL *restrict slice, int64_t stride, REAL *restrict dense, int64_t begin, int64_t end,
                         int64_t width) {
     for (int64_t t = begin; t < end; t++)
         for (int64_t d = 0; d < width; d++) slice[t * stride + d] += dense[t * width + d], dense[t * width + d] = 0;
 }
 
-/* Gradients of levels first..last-1 of image b, head m. With `dense` (room for two (S, D) arrays) it works on a copy
- * of the head's slices: neighboring tokens are then neighbors in memory, which is faster; and grad_value is summed
- * in blocks, which keeps float32 rounding at 1e-7 where thousands of points meet on one token. */
+/* Gradients of levels first..last-1 of image b, head m. With `dense`, two (S, D) arrays, it works on a copy of the head's
+ * tokens. These are then neighbors in memory, which is faster, and grad_value is summed in blocks, which keeps float32
+ * rounding at 1e-7 for tokens that thousands of points share. */
 static void NAME(backward_head)(const problem *p, const level_of_point *levels, int64_t b, int64_t m, int64_t first,
                                 int64_t last, const REAL *grad_out, const REAL *value, const REAL *loc,
                                 const REAL *attn, REAL *grad_value, REAL *grad_loc, REAL *grad_attn, NAME(tile) *tiles,
@@ -227,7 +226,8 @@ static void NAME(backward_head)(const problem *p, const level_of_point *levels, 
     REAL *grad_rows = grad_value + head;
     if (dense) {
         rows = dense, grad_rows = dense + p->tokens * width;
-        NAME(gather)(value + head, stride, dense, first_token, last_token, width);
+        for (int64_t t = first_token; t < last_token; t++)
+            memcpy(dense + t * width, value + head + t * stride, (size_t)width * sizeof(REAL));
         memset(grad_rows + first_token * width, 0, (size_t)((last_token - first_token) * width) * sizeof(REAL));
     }
     for (int64_t q = 0; q < p->queries; q++) {
@@ -249,8 +249,8 @@ static void NAME(backward_head)(const problem *p, const level_of_point *levels, 
     }
 }
 
-/* grad_value must be zero on entry. A task is one head of one image (and one level of it when that shares the work
- * better), whose slice of grad_value no other task touches: no race, and the same bits for any number of threads. */
+/* grad_value is zero on entry. A task is one head of one image, or one level of it if that shares the work better. No
+ * other task writes its slice of grad_value: there is no race, and any number of threads gives the same bits. */
 int NAME(hpetr_backward)(const problem *p, const REAL *grad_out, const REAL *value, const REAL *loc, const REAL *attn,
                          REAL *grad_value, REAL *grad_loc, REAL *grad_attn) {
     const int64_t count = p->levels * p->points, slices = p->batch * p->heads;
@@ -263,7 +263,7 @@ int NAME(hpetr_backward)(const problem *p, const REAL *grad_out, const REAL *val
     if (!memory || (dense_size && !dense) || spread_levels(p, &levels)) return free(memory), free(dense), 1;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p->threads)
     for (int64_t task = 0; task < slices * groups; task++) {
-        const int64_t b = task % slices / p->heads, m = task % slices % p->heads, thread = thread_number();
+        const int64_t b = task % slices / p->heads, m = task % slices % p->heads, thread = omp_get_thread_num();
         const int64_t first = task / slices * (p->levels / groups), last = first + p->levels / groups;
         NAME(backward_head)(p, &levels, b, m, first, last, grad_out, value, loc, attn, grad_value, grad_loc, grad_attn,
                             memory + thread * tiles_per_head, dense ? dense + thread * dense_size : NULL);
@@ -275,3 +275,13 @@ int NAME(hpetr_backward)(const problem *p, const REAL *grad_out, const REAL *val
 }
 #endif
 #undef ROWS
+#undef NAME
+#undef REAL
+#undef VALUE
+#undef LANES
+#undef VEC
+#undef LOAD
+#undef STORE
+#undef LOAD_VEC
+#undef STORE_VEC
+#undef ADD_LANE_SUMS
