@@ -1,7 +1,7 @@
 """hpetr: multi-person pose estimation with one network and no NMS (PETR and H-PETR).
 
-The public names are imported at first use, so that `import hpetr` and the command line's help stay quick. Using any name
-of the model registers it with transformers' Auto classes.
+The public names are imported at first use, so that `import hpetr` and the command line's help stay quick. Using any
+name of the model registers it with transformers' Auto classes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ PARAMETERS = {  # counted on the official modules, whose batch norms have no par
 
 
 def checkpoint(name: str, *, negate: bool = True) -> dict[str, torch.Tensor]:
-    """Return official weights: heads equal under both of their names; the bias negated, so that few tokens are equal."""
+    """Return official weights: heads equal under both names; a bias negated, so that few tokens are equal."""
     state = golden_inputs.fill(KEYS[name])
     for key in state:
         if key.startswith(("transformer.decoder.class_embed.", "transformer.decoder.pose_embed.")):

@@ -10,15 +10,17 @@ from PIL import Image
 
 from hpetr.data import HPetrImageProcessor
 from hpetr.errors import InputError
+from hpetr.images.pixels import resize_image
 
 GOLDEN = Path(__file__).parent / "preprocess_golden"
 SMALL = {"shortest_edge": 80, "longest_edge": 133}
 
 
+@pytest.mark.parametrize(("preset", "file"), [("petr-r50", "preprocess"), ("group-pose-r50", "preprocess_group_pose")])
 @pytest.mark.parametrize("name", ["000000000785.jpg", "000000000885.jpg"])
-def test_pixels_equal_the_official_pipeline(name):
-    golden = json.loads((GOLDEN / "preprocess.json").read_text())[name]
-    values = HPetrImageProcessor()(GOLDEN / name)["pixel_values"][0]
+def test_pixels_equal_the_official_pipeline(name, preset, file):
+    golden = json.loads((GOLDEN / f"{file}.json").read_text())[name]
+    values = HPetrImageProcessor.preset(preset)(GOLDEN / name)["pixel_values"][0]
     assert list(values.shape) == golden["shape"]
     np.testing.assert_allclose(values.mean((1, 2)), golden["mean"], atol=2e-3)
     np.testing.assert_allclose(values.std((1, 2)), golden["std"], atol=2e-3)
@@ -26,6 +28,13 @@ def test_pixels_equal_the_official_pipeline(name):
     sample = values[:, rows][:, :, columns]
     # Another JPEG decoder may differ by a level or two of 255 in a pixel: 0.018 each.
     np.testing.assert_allclose(sample, golden["sample"], atol=0.08)
+
+
+@pytest.mark.parametrize(("size", "resized"), [((640, 427), (1199, 800)), ((90, 60), (33, 22)), ((64, 33), (64, 111))])
+def test_antialiased_resize_equals_pillows(size, resized):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resize_image(pixels, *resized[::-1], antialias=True), expected)
 
 
 def test_batch_equals_single_and_padding_is_masked():

@@ -11,7 +11,7 @@ import torch
 
 from hpetr import HPetrImageProcessor, InputError
 from hpetr.data.augment import RandomHorizontalFlip, RandomResize
-from hpetr.data.dataset import CocoPoseDataset
+from hpetr.data.dataset import open_dataset
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.losses import Matches, score_loss
 from hpetr.model.matching import make_targets
@@ -62,7 +62,7 @@ def test_data_say_whether_joints_without_label_are_absent() -> None:
 
     def loaded(unlabelled: str) -> np.ndarray:
         source = DataSource(annotations=TINY, unlabelled=unlabelled)
-        data = TrainingSet([CocoPoseDataset(TINY)], [source], lambda sample, rng: sample, 0)
+        data = TrainingSet([open_dataset(TINY)], [source], lambda sample, rng: sample, 0)
         sample, rng = data[Draw(0, 0)], np.random.default_rng(0)
         flipped = RandomHorizontalFlip(1.0, COCO.flip_index)(sample, rng)
         again = RandomHorizontalFlip(1.0, COCO.flip_index)(RandomResize([64], 64)(flipped, rng), rng)

@@ -44,5 +44,7 @@ def convert_command(
         if half:
             save_checkpoint(*load_checkpoint(source, "cpu"), output, half=True)
         else:
-            save_checkpoint(official.load_official(source, preset), HPetrImageProcessor(), output)
+            state = official.read_official(source)
+            found = preset or official.identify(official.weight_shapes(state), source)
+            save_checkpoint(official.load_official(state, found), HPetrImageProcessor.preset(found), output)
         typer.echo(f"checkpoint: {output}")

@@ -416,7 +416,7 @@ def _load(target: str, device: torch.device) -> tuple[HPetrForPoseEstimation, HP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = HPetrForPoseEstimation(HPetrConfig.preset(target))
-    return model.eval().to(device), HPetrImageProcessor(), "random"
+    return model.eval().to(device), HPetrImageProcessor.preset(target), "random"
 
 
 def _encoded_image(image: str | os.PathLike[str] | None, size: tuple[int, int] | None) -> bytes:

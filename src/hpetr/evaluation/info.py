@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import hpetr
 from hpetr.checkpoints.folder import load_config, load_processor
 from hpetr.errors import InputError
-from hpetr.images.pixels import keep_ratio_size
 from hpetr.inference.open import find_model
 from hpetr.model.config import HPetrConfig
 from hpetr.model.grid import Grid
@@ -60,12 +59,10 @@ def model_info(target: str, size: tuple[int, int] | None = None) -> ModelInfo:
     """
     found = find_model(target, ("checkpoint", "preset"))
     if found.path is None:
-        config, processor = HPetrConfig.preset(target), HPetrImageProcessor()
+        config, processor = HPetrConfig.preset(target), HPetrImageProcessor.preset(target)
     else:
         config, processor = load_config(found.path), load_processor(found.path)
-    height, width = size or keep_ratio_size(
-        *USUAL_IMAGE, processor.size["shortest_edge"], processor.size["longest_edge"]
-    )
+    height, width = size or processor.resize.size(*USUAL_IMAGE)
     if min(height, width) < 1:
         raise InputError(f"size is {height}x{width}, expected a positive height and width")
     with torch.device("meta"):

@@ -47,6 +47,10 @@ PUBLISHED: dict[str, PublishedAP] = {
     "h-petr-r101": PublishedAP(0.710),
     "h-petr-swin-l": PublishedAP(0.749),
     "petr-swin-l-crowdpose": PublishedAP(0.717, flip_test=0.723),
+    "group-pose-r50": PublishedAP(0.720),
+    "group-pose-swin-t": PublishedAP(0.736),
+    "group-pose-swin-l": PublishedAP(0.748),
+    "group-pose-swin-l-crowdpose": PublishedAP(0.741),
 }
 
 
@@ -171,7 +175,7 @@ def load_zoo_model(
     else:
         state = read_official(path)
         preset = identify(weight_shapes(state), path)
-        model, processor = load_official(state, preset), HPetrImageProcessor()
+        model, processor = load_official(state, preset), HPetrImageProcessor.preset(preset)
     config, zoo = model.config, HPetrConfig.preset(preset)
     if (config.num_keypoints, config.num_labels) != (zoo.num_keypoints, zoo.num_labels):
         found = f"{preset} with {config.num_keypoints} keypoints and {config.num_labels} classes"

@@ -62,7 +62,7 @@ class PosePredictor(Predictor):
         self.default_batch_size = default_batch_size(self.model)
         self.num_poses = self.model.config.num_poses
         self.device_name = str(self.model.device)
-        self.edge_limits = own.size["shortest_edge"], own.size["longest_edge"]
+        self.resize = own.resize
         self.precision = precision
         if compiled:
             self.model.compile(dynamic=True)

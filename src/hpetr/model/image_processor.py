@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, Self, TypedDict
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hpetr.errors import InputError
-from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, keep_ratio_size, normalize_and_pad, resize_image
+from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, Resize, normalize_and_pad
 from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.postprocess import KEYPOINT_THRESHOLD, select_poses
 
@@ -57,6 +57,7 @@ class HPetrImageProcessorKwargs(TypedDict, total=False):
     pad_size_divisor: int
     threshold: float
     keypoint_threshold: float
+    antialias: bool
 
 
 class HPetrImageProcessor(BaseImageProcessor):
@@ -69,6 +70,7 @@ class HPetrImageProcessor(BaseImageProcessor):
         pad_size_divisor: height and width of a batch are padded up to multiples of it.
         threshold: a pose is reported when its score is above it, unless a call gives another threshold.
         keypoint_threshold: keypoints with a lower score do not count as found in boxes, drawings and labels.
+        antialias: resize as Group Pose's official pipeline does, with Pillow's filter and rounding; else as PETR's.
 
     Raises:
         InputError: a parameter has a wrong value, or an unknown parameter is given.
@@ -85,6 +87,7 @@ class HPetrImageProcessor(BaseImageProcessor):
         pad_size_divisor: int = 1,
         threshold: float = 0.3,
         keypoint_threshold: float = KEYPOINT_THRESHOLD,
+        antialias: bool = False,
         **kwargs: Any,
     ) -> None:
         # transformers writes these three beside the parameters in preprocessor_config.json.
@@ -109,6 +112,19 @@ class HPetrImageProcessor(BaseImageProcessor):
                 raise InputError(f"image processor: {name} is {value!r}, expected a number in 0..1")
         self.threshold: float = float(threshold)
         self.keypoint_threshold: float = float(keypoint_threshold)
+        if not isinstance(antialias, bool):
+            raise InputError(f"image processor: antialias is {antialias!r}, expected true or false")
+        self.antialias = antialias
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return the processor of a model of the zoo, as its official code prepares images."""
+        return cls(antialias=name.startswith("group-pose"))
+
+    @property
+    def resize(self) -> Resize:
+        """The resize of images for the network."""
+        return Resize(self.size["shortest_edge"], self.size["longest_edge"], self.antialias)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON; the file appears complete or not at all."""
@@ -141,8 +157,9 @@ class HPetrImageProcessor(BaseImageProcessor):
         if return_tensors not in ("pt", "np"):
             raise InputError(f"image processor: return_tensors is {return_tensors!r}, expected 'pt' or 'np'")
         limits = self.size if size is None else _checked_size(size)
+        resize = Resize(limits["shortest_edge"], limits["longest_edge"], self.antialias)
         originals = [load_image(source) for source in _as_list(images)]
-        resized = [self._resize(image, limits) for image in originals]
+        resized = [resize(image) for image in originals]
         pixel_values, pixel_mask = normalize_and_pad(resized, self.image_mean, self.image_std, self.pad_size_divisor)
         batch = ImageBatch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
         batch.original_sizes = [(image.shape[0], image.shape[1]) for image in originals]
@@ -186,11 +203,6 @@ class HPetrImageProcessor(BaseImageProcessor):
         )
         device = outputs.scores.device
         return [{name: torch.from_numpy(values).to(device) for name, values in poses.items()} for poses in found]
-
-    @staticmethod
-    def _resize(image: np.ndarray, size: Mapping[str, int]) -> np.ndarray:
-        height, width = image.shape[:2]
-        return resize_image(image, *keep_ratio_size(height, width, size["shortest_edge"], size["longest_edge"]))
 
 
 def output_arrays(outputs: PoseOutputs) -> dict[str, np.ndarray]:

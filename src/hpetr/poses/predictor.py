@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from hpetr.errors import InputError
-from hpetr.images.pixels import keep_ratio_size
+from hpetr.images.pixels import Resize
 from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
@@ -31,7 +31,7 @@ class Predictor(ABC):
         default_batch_size: images in a batch, unless a call gives a number.
         num_poses: maximum number of poses per image.
         device_name: device of the network, after the name of its runtime.
-        edge_limits: shortest and longest edge of an image in the network, in pixels.
+        resize: the resize of images for the network.
     """
 
     threshold: float
@@ -41,7 +41,7 @@ class Predictor(ABC):
     default_batch_size: int
     num_poses: int
     device_name: str
-    edge_limits: tuple[int, int]
+    resize: Resize
 
     @abstractmethod
     def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
@@ -54,7 +54,7 @@ class Predictor(ABC):
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width of an image in the network, before padding."""
-        return keep_ratio_size(height, width, *self.edge_limits)
+        return self.resize.size(height, width)
 
     @overload
     def __call__(

@@ -18,6 +18,21 @@ INPUTS = ("pixel_values", "pixel_mask")
 OUTPUTS = ("scores", "poses", "pose_labels", "keypoint_scores")
 
 
+# The two ways to resize, in words, by `antialias`.
+RESIZE = {
+    False: {
+        "scale": "min(longest_edge / longer side, shortest_edge / shorter side)",
+        "sides": "max(1, floor(side * scale + 0.5))",
+        "interpolation": "bilinear between pixel centers, without antialiasing",
+    },
+    True: {
+        "shorter": "shortest_edge, or round(longest_edge * shorter side / longer side) where the longer would pass it",
+        "longer": "floor(shorter * longer side / shorter side)",
+        "interpolation": "bilinear with antialiasing, as Pillow's",
+    },
+}
+
+
 @dataclass(frozen=True)
 class ModelDescription:
     """The description of an exported model.
@@ -47,6 +62,7 @@ class ModelDescription:
     classes: tuple[str, ...]
     skeleton: Skeleton
     keypoint_threshold: float = KEYPOINT_THRESHOLD
+    antialias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("shortest_edge", "longest_edge", "pad_size_divisor", "num_poses"):
@@ -81,9 +97,8 @@ class ModelDescription:
                 "resize": {
                     "shortest_edge": self.shortest_edge,
                     "longest_edge": self.longest_edge,
-                    "scale": "min(longest_edge / longer side, shortest_edge / shorter side)",
-                    "sides": "max(1, floor(side * scale + 0.5))",
-                    "interpolation": "bilinear between pixel centers, without antialiasing",
+                    "antialias": self.antialias,
+                    **RESIZE[self.antialias],
                 },
                 "normalize": "(pixel / 255 - mean) / std",
                 "mean": list(self.image_mean),
@@ -143,6 +158,7 @@ class ModelDescription:
                 classes=tuple(map(str, values["classes"])),
                 skeleton=Skeleton.from_dict(values["skeleton"]),
                 keypoint_threshold=float(after.get("keypoint_threshold", KEYPOINT_THRESHOLD)),
+                antialias=bool(before["resize"].get("antialias", False)),
             )
         except InputError as error:
             raise InputError(f"{source}: its description: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpetr.images.pixels import normalize_and_pad, resize_image
+from hpetr.images.pixels import Resize, normalize_and_pad
 from hpetr.poses.predictor import Predictor, check_threshold
 from hpetr.poses.result import PoseResult
 from hpetr.runtime.engine import load_engine
@@ -54,12 +54,12 @@ class ExportedPredictor(Predictor):
         self.default_batch_size = 1  # the padding of a batch costs a CPU more than it gains
         self.num_poses = about.num_poses
         self.device_name = self._engine.device_name
-        self.edge_limits = about.shortest_edge, about.longest_edge
+        self.resize = Resize(about.shortest_edge, about.longest_edge, about.antialias)
 
     def predict(self, images: Sequence[np.ndarray], threshold: float | None = None) -> list[PoseResult]:
         """Predict the poses of one batch of images, each (H, W, 3) uint8 RGB."""
         about = self.description
-        resized = [resize_image(image, *self.network_size(*image.shape[:2])) for image in images]
+        resized = [self.resize(image) for image in images]
         batch = normalize_and_pad(resized, about.image_mean, about.image_std, about.pad_size_divisor)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         limits = self.threshold if threshold is None else threshold, self.keypoint_threshold

@@ -59,41 +59,45 @@ def _cpu_model() -> str:
 
 
 def _cache_directory() -> Path:
-    """Return $HPETR_CACHE, or `hpetr` in the user's cache folder, or a temporary folder if that is not writable."""
-    try:
-        if "HPETR_CACHE" in os.environ:
-            directory = Path(os.environ["HPETR_CACHE"])
-        else:
-            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpetr"
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
-        temporary = tempfile.mkdtemp(prefix="hpetr-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return Path(temporary)
+    """Return $HPETR_CACHE, or `hpetr` in the user's cache folder; RuntimeError without a home directory."""
+    if directory := os.environ.get("HPETR_CACHE"):
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpetr"
 
 
-def _cached_library(compiler: list[str]) -> Path:
-    """Return the compiled library; it is compiled unless an equal one is in the cache."""
+def _temporary_directory() -> Path:
+    """Return a new folder that is removed when the process ends."""
+    directory = tempfile.mkdtemp(prefix="hpetr-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
+
+
+def _library(compiler: list[str], directory: Path) -> ctypes.CDLL:
+    """Load the library, compiled into a folder unless an equal one is there.
+
+    Raises:
+        OSError: the folder cannot be used, or the library cannot be loaded from it.
+        ValueError: the compiler fails.
+    """
     sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".c", ".h"))
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*(path.read_text() for path in sources), *compiler, version, *_FLAGS, repr(_EXTRA_FLAGS), _cpu_model()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    library = _cache_directory() / f"kernels_cpu-{digest}.so"
+    library = directory / f"kernels_cpu-{digest}.so"
     if library.exists():
-        return library
+        return ctypes.CDLL(str(library))
+    directory.mkdir(parents=True, exist_ok=True)
     errors = ""
     # Another process may compile the same: each has a folder of its own and renames the result.
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as build:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as build:
         output = Path(build) / library.name
         for extra in _EXTRA_FLAGS:
             command = [*compiler, *_FLAGS, *extra, *(str(x) for x in sources if x.suffix == ".c"), "-o", str(output)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode == 0:
-                return output.replace(library)
+                return ctypes.CDLL(str(output.replace(library)))
             errors = errors or run.stderr.strip()
-    raise OSError(f"{compiler[0]} failed: {errors.splitlines()[0] if errors else 'no message'}")
+    raise ValueError(f"{compiler[0]} failed: {errors.splitlines()[0] if errors else 'no message'}")
 
 
 def load() -> ctypes.CDLL | None:
@@ -104,12 +108,15 @@ def load() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    compiler = _compiler()
     try:
+        compiler = _compiler()
         if not compiler:
-            raise OSError("no C compiler found ($CC, cc, gcc, clang)")
-        return ctypes.CDLL(str(_cached_library(compiler)))
-    except OSError as error:
+            raise ValueError("no C compiler found ($CC, cc, gcc, clang)")
+        try:
+            return _library(compiler, _cache_directory())
+        except (OSError, RuntimeError):  # no home, a folder that is read-only or not executable, a broken file
+            return _library(compiler, _temporary_directory())
+    except (OSError, ValueError) as error:
         logger.warning("deformable sampling uses slow plain torch on the CPU: %s", error)
         return None
 
