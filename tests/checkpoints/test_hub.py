@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForKeypointDetection
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForKeypointDetection
 from typer.testing import CliRunner
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor, InputError, PosePredictor, Skeleton
@@ -106,9 +106,10 @@ def test_eval_writes_its_metrics_into_the_card(checkpoint: Path, tmp_path: Path)
     assert "was not written by hpetr and is kept" in refused.stderr
 
 
-def test_auto_classes_give_the_same_model_and_processor(checkpoint: Path) -> None:
+@pytest.mark.parametrize("auto_model", [AutoModel, AutoModelForKeypointDetection])
+def test_auto_classes_give_the_same_model_and_processor(checkpoint: Path, auto_model: type) -> None:
     config = AutoConfig.from_pretrained(checkpoint)
-    model = AutoModelForKeypointDetection.from_pretrained(checkpoint).eval()
+    model = auto_model.from_pretrained(checkpoint).eval()
     processor = AutoImageProcessor.from_pretrained(checkpoint)
     assert type(config) is HPetrConfig
     assert type(model) is HPetrForPoseEstimation

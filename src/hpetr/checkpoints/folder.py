@@ -6,9 +6,12 @@ import json
 import math
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,12 +100,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Return a device; "auto" is the first CUDA GPU if there is one, else the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: no such device here, or one that cannot compute.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with one_line(f"device {device!s}: not available here (", ")"):
-        return torch.empty(1, device=device).device
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+        if chosen.type == "meta":
+            raise ValueError("tensors on it hold no numbers")
+    return chosen
 
 
 def load_checkpoint(
@@ -296,26 +303,67 @@ def save_checkpoint(
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already, expected a new or empty folder")
+    check_new(folder)
     state = model.state_dict()
     if half:
         state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
     card = model_card(model.config, name or folder.resolve().name, model.num_parameters(), evaluation, tags)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            unfinished = Path(temporary) / folder.name
+        with _beside(folder) as unfinished:
             with quiet_transformers():
                 model.save_pretrained(unfinished, state_dict=state)
             processor.save_pretrained(unfinished)
             write_card(unfinished, card)
             open_as_others(unfinished)
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
+            if folder.exists():  # Windows replaces no folder
+                folder.resolve().rmdir()
+            unfinished.rename(folder.resolve())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be written ({first_line(error)})") from error
+
+
+def check_new(folder: Path) -> None:
+    """Check that a checkpoint can be written as this folder, without creating anything.
+
+    Raises:
+        InputError: the folder exists and is not empty, or its parent is not writable.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already, expected a new or empty folder")
+    parent = next(path for path in folder.resolve().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written ({parent} is not a writable folder)")
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process by an exception, so that temporary folders are removed, unless it has a handler."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """Yield the name of a new folder on the same disk; an error or signal leaves neither it nor new parents behind."""
+    final = folder.resolve()
+    new = [path for path in final.parents if not path.exists()]
+    with exit_on_sigterm():
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as temporary:
+                yield Path(temporary) / final.name
+        except BaseException:
+            with suppress(OSError):
+                for path in new:
+                    path.rmdir()
+            raise
 
 
 def open_as_others(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 
 from hpetr.checkpoints.card import CARD, Evaluation
-from hpetr.checkpoints.folder import save_checkpoint
+from hpetr.checkpoints.folder import exit_on_sigterm, save_checkpoint
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 
@@ -42,7 +42,7 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as temporary:
+    with exit_on_sigterm(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoint"
         save_checkpoint(model, processor, folder, evaluation=evaluation, name=name, tags=tags)
         return api.upload_folder(

@@ -1,0 +1,119 @@
+"""Checkpoint folders appear whole or not at all; loading them is tested in inference/test_torch_predictor.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpetr import HPetrForPoseEstimation, HPetrImageProcessor, InputError
+from hpetr.checkpoints.folder import check_new, load_checkpoint, resolve_device, save_checkpoint
+from paths import ROOT
+from tiny_model import TINY_SWIN, tiny_model
+
+FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+@pytest.fixture(scope="module")
+def model() -> HPetrForPoseEstimation:
+    return tiny_model()
+
+
+class Interrupted(HPetrImageProcessor):
+    """A processor that raises while it is saved."""
+
+    error: BaseException
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_round_trip(tmp_path: Path, exists: bool, backbone: str) -> None:
+    model = tiny_model(**({"backbone_config": TINY_SWIN} if backbone == "swin" else {}))
+    folder = tmp_path / "new" / "folder"
+    if exists:
+        folder.mkdir(parents=True)
+    save_checkpoint(model, HPetrImageProcessor(threshold=0.125), folder)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}) == 1
+    loaded, processor = load_checkpoint(folder, "cpu")
+    assert processor.threshold == 0.125
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_link_to_an_empty_folder_is_followed(tmp_path: Path, model: HPetrForPoseEstimation) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_checkpoint(model, HPetrImageProcessor(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == FILES
+
+
+def test_half_stores_matrices_alone_in_float16(tmp_path: Path, model: HPetrForPoseEstimation) -> None:
+    save_checkpoint(model, HPetrImageProcessor(), tmp_path / "half", half=True)
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.ndim > 1} == {torch.float16}
+    assert torch.float16 not in {t.dtype for t in stored.values() if t.ndim <= 1}
+    assert {p.dtype for p in load_checkpoint(tmp_path / "half", "cpu")[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
+def test_interrupted_save_leaves_nothing(tmp_path: Path, model: HPetrForPoseEstimation, error: BaseException) -> None:
+    processor = Interrupted()
+    processor.error = error
+    expected = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match="No space left on device" if expected is InputError else None):
+        save_checkpoint(model, processor, tmp_path / "new" / "deep" / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terminated_process_leaves_nothing(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hpetr import HPetrImageProcessor
+from hpetr.checkpoints.folder import save_checkpoint
+from tiny_model import tiny_model
+
+class Terminated(HPetrImageProcessor):
+    def to_json_file(self, path):
+        print(os.listdir(Path(path).parent), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+save_checkpoint(tiny_model(), Terminated(), Path(sys.argv[2]))
+"""
+    command = [sys.executable, "-c", code, str(ROOT / "tests"), str(tmp_path / "new" / "folder")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "model.safetensors" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_new_or_empty_folder_is_written(tmp_path: Path, model: HPetrForPoseEstimation) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("full", "file", "file/folder"):
+        with pytest.raises(InputError, match="exists already|is not a writable folder"):
+            check_new(tmp_path / name)
+        with pytest.raises(InputError, match="exists already|is not a writable folder"):
+            save_checkpoint(model, HPetrImageProcessor(), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "toaster", ""])
+def test_devices_that_cannot_compute(device: str) -> None:
+    with pytest.raises(InputError, match=f"^device {device}: not available here") as error:
+        resolve_device(device)
+    assert "\n" not in str(error.value)
