@@ -14,7 +14,7 @@ import numpy as np
 from hpetr.errors import InputError, needs_extra
 from hpetr.images.files import check_output, write_bytes
 from hpetr.images.read import JPEG_SUFFIXES, ImageSource, encode_image, load_image
-from hpetr.poses.draw import draw_poses
+from hpetr.poses.draw import DrawingStyle, draw_poses
 from hpetr.poses.postprocess import KEYPOINT_THRESHOLD, are_found, boxes_around, select_poses
 from hpetr.poses.skeleton import COCO, Skeleton
 
@@ -276,6 +276,7 @@ class PoseResult:
         image: ImageSource | None = None,
         keypoint_threshold: float | None = None,
         track_ids: np.ndarray | None = None,
+        style: DrawingStyle | None = None,
     ) -> np.ndarray:
         """Draw the poses on a copy of the image.
 
@@ -283,6 +284,7 @@ class PoseResult:
             image: the image; None reads it again from `path`.
             keypoint_threshold: keypoints with a lower score and their limbs are left out; None takes the result's.
             track_ids: (n,) numbers of the persons in a video, which choose the colors and precede the scores.
+            style: line width, labels and boxes; None means the default.
 
         Returns:
             (H, W, 3) uint8 RGB.
@@ -299,7 +301,8 @@ class PoseResult:
                 f"draw: the image is {canvas.shape[:2]} (height, width), expected the predicted one's {self.image_size}"
             )
         found = self.found if keypoint_threshold is None else are_found(self.keypoint_scores, keypoint_threshold)
-        return draw_poses(canvas, self.keypoints, found, self.scores, self.boxes, self.skeleton.edges, track_ids)
+        edges, pairs = self.skeleton.edges, self.skeleton.flip_pairs
+        return draw_poses(canvas, self.keypoints, found, self.scores, self.boxes, edges, pairs, track_ids, style)
 
     def save(self, path: str | os.PathLike[str], image: ImageSource | None = None) -> Path:
         """Write `draw` (.jpg, .png) or `to_json` (.json), by the suffix; returns the path.
