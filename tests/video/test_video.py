@@ -96,6 +96,15 @@ def test_every_frame_comes_out_in_order_with_its_time_and_sound(model: Path, cli
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["clip.mp4", "predictions.jsonl"]
 
 
+def test_results_of_other_videos_are_kept(predictor: PosePredictor, tmp_path: Path) -> None:
+    first, second = (str(make_clip(tmp_path / name, range(3))) for name in ("a.mp4", "b.mp4"))
+    out = tmp_path / "out"
+    runs = [predict_videos(predictor, videos, out) for videos in ([first], [first], [second], [second, first])]
+    assert [run.kept for run in runs] == [None, None, out / "predictions.1.jsonl", None]
+    assert {line["video"] for line in read_lines(out / "predictions.1.jsonl")} == {first}
+    assert [line["video"] for line in read_lines(out / "predictions.jsonl")] == [second] * 3 + [first] * 3
+
+
 def test_variable_frame_rate_is_kept(predictor: PosePredictor, tmp_path: Path) -> None:
     times = [0, 1, 2, 5, 6, 10, 11, 12, 30, 31]
     run = predict_videos(predictor, [str(make_clip(tmp_path / "vfr.mkv", times))], tmp_path / "out")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,13 @@ class VideoRun:
         results: file of the JSON lines.
         videos: reports in order, up to the interrupted one.
         unreadable: videos that gave no frame, and the reasons.
+        kept: new name of a results file with other videos, None if there was none.
     """
 
     results: Path
     videos: list[VideoReport] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    kept: Path | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -164,8 +167,23 @@ def predict_videos(
         except BaseException:
             lines.close() if run.videos else lines.discard()  # the videos before this one are complete
             raise
+        if results is None:
+            run.kept = _keep_other_results(run.results, {report.name for report in run.videos})
         lines.close()
     return run
+
+
+def _keep_other_results(path: Path, videos: set[str]) -> Path | None:
+    """Rename a results file of other videos, whose drawings may be in the folder, and return its new name."""
+    if not path.is_file():
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError), path.open(encoding="utf-8") as file:
+        if {json.loads(line)["video"] for line in file} <= videos:
+            return None
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(kept)
 
 
 class _VideoWork:
@@ -274,14 +292,21 @@ def _interruption() -> Iterator[threading.Event]:
         restore()
 
 
-def check_video_outputs(videos: Sequence[str], output: Path, results: Path | None, draw: bool) -> None:
+def check_video_outputs(
+    videos: Sequence[str], output: Path, results: Path | None, draw: bool, inputs: Iterable[str | Path] = ()
+) -> None:
     """Check before any work that the outputs can be written and replace no input.
+
+    Args:
+        videos, output, results: see `predict_videos`.
+        inputs: other files that the command reads.
 
     Raises:
         InputError: an output is an input, cannot be written or is no file, or the folder for the drawings holds one of
             the videos.
     """
-    check_output(results or output / RESULTS_NAME, videos, RESULT_SUFFIXES)
+    inputs = [*videos, *inputs]
+    check_output(results or output / RESULTS_NAME, inputs, RESULT_SUFFIXES)
     if not draw:
         return
     check_writable(output)
@@ -291,4 +316,4 @@ def check_video_outputs(videos: Sequence[str], output: Path, results: Path | Non
             raise InputError(f"{output}: holds the video {Path(video).name}, expected another output folder")
         stems.append(output_stem(video, stems))
         for suffix in DRAWING_SUFFIXES:
-            check_output(output / f"{stems[-1]}{suffix}", videos)
+            check_output(output / f"{stems[-1]}{suffix}", inputs)

@@ -14,10 +14,9 @@ import numpy as np
 
 from hpetr.errors import needs_extra
 from hpetr.poses.result import PoseResult
+from hpetr.poses.skeleton import AREA_OF_BOX
 
 UNTRACKED = 0
-# Area of a person over the area of the box around the keypoints, as for annotations without an area.
-AREA_OF_BOX = 0.53
 # Factor on the sigmas of OKS: people move more from frame to frame than annotators differ.
 SIGMA_FACTOR = 2.0
 MIN_SIMILARITY = 0.15
