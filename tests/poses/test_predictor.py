@@ -115,6 +115,11 @@ def test_a_generator_gives_a_generator() -> None:
     assert places([next(results)]) == PLACES[:1]
     assert read == PLACES[:2], "no more is read than one batch"
     assert places(list(results)) == PLACES[1:]
+    results = BrightestPixel()(images())
+    assert places([next(results)]) == PLACES[:1]
+    assert len(results) == 4
+    assert places(list(results)) == PLACES[1:]
+    assert len(results) == 0
 
 
 def test_thresholds_of_a_call() -> None:

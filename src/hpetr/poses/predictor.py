@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +19,21 @@ from hpetr.images.pixels import Resize
 from hpetr.images.read import ImageSource, load_image
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import Skeleton
+
+
+class ResultStream(Iterator[PoseResult]):
+    """Results that are predicted as they are taken; `len` predicts the rest and counts it."""
+
+    def __init__(self, results: Iterator[PoseResult]) -> None:
+        self._results = results
+        self._counted: deque[PoseResult] = deque()
+
+    def __next__(self) -> PoseResult:
+        return self._counted.popleft() if self._counted else next(self._results)
+
+    def __len__(self) -> int:
+        self._counted.extend(self._results)
+        return len(self._counted)
 
 
 class Predictor(ABC):
@@ -73,7 +89,7 @@ class Predictor(ABC):
         *,
         threshold: float | None = None,
         keypoint_threshold: float | None = None,
-    ) -> Iterator[PoseResult]: ...
+    ) -> ResultStream: ...
     @overload
     def __call__(
         self,
@@ -90,7 +106,7 @@ class Predictor(ABC):
         *,
         threshold: float | None = None,
         keypoint_threshold: float | None = None,
-    ) -> PoseResult | list[PoseResult] | Iterator[PoseResult]:
+    ) -> PoseResult | list[PoseResult] | ResultStream:
         """Predict the poses of images.
 
         Args:
@@ -103,7 +119,7 @@ class Predictor(ABC):
 
         Returns:
             One `PoseResult`; for a list (also an empty one), array or tensor of images a list of them in its order; for
-            a generator another one, which reads on as results are taken from it.
+            a generator a `ResultStream`, which reads on as results are taken from it.
 
         Raises:
             InputError: an image cannot be read, or an argument is out of range.
@@ -116,7 +132,7 @@ class Predictor(ABC):
         if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
             return list(self._predict(images, size, threshold, keypoint_threshold))
         if isinstance(images, Iterator) and not hasattr(images, "read"):  # binary files are iterators too
-            return self._predict(images, size, threshold, keypoint_threshold)
+            return ResultStream(self._predict(images, size, threshold, keypoint_threshold))
         return next(self._predict([images], size, threshold, keypoint_threshold))
 
     def _predict(
