@@ -212,11 +212,14 @@ def test_images_of_folders_globs_and_files_come_once(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_images([str(tmp_path), str(tmp_path / "*.png"), str(tmp_path / "notes.txt")])
-    assert [path.name for path in found] == ["a.png", "b.JPG", "notes.txt"]
+    assert [path.name for path in found.images] == ["a.png", "b.JPG", "notes.txt"]
+    assert [path.name for path in found.passed_over] == ["notes.txt"]
+    deep = find_images([str(tmp_path)], recursive=True)
+    assert [path.name for path in deep.images] == ["a.png", "b.JPG", "c.jpg"]
     with pytest.raises(InputError, match="matches no file"):
         find_images([str(tmp_path / "*.webp")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="sub-folders are not searched"):
+    with pytest.raises(InputError, match="sub-folders are searched with --recursive"):
         find_images([str(tmp_path / "empty")])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpetr.cli.options import DEFAULT_MODEL, Device, Precision, Size, parse_size
-from hpetr.cli.output import progress
+from hpetr.cli.output import console, progress, say, say_beside
 
 if TYPE_CHECKING:
     from hpetr.evaluation.benchmark import Benchmark, Spread
@@ -30,11 +30,12 @@ def benchmark_command(
     precision: Precision = "float32",
 ) -> None:
     """Measure the time of every stage, and compare it with the rates of this machine."""
-    from hpetr.images.files import check_writable, write_json
+    from hpetr.images.files import RESULT_SUFFIXES, check_output, write_json
 
     pixels = parse_size(size)
     if json_file is not None:
-        check_writable(json_file.parent)
+        check_output(json_file, [] if image is None else [image], RESULT_SUFFIXES)
+        say_beside(json_file)
     from hpetr.checkpoints.folder import BUNDLED
     from hpetr.evaluation.benchmark import benchmark, runs
     from hpetr.inference.precision import keep_freed_memory
@@ -47,13 +48,12 @@ def benchmark_command(
     print_benchmark(result)
     if json_file is not None:
         write_json(json_file, result.to_dict())
-        typer.echo(f"numbers: {json_file}")
+        say(f"numbers: {json_file}")
 
 
 def print_benchmark(result: Benchmark) -> None:
     """Print a table of the stages, and below it the rates that the shares refer to."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -80,15 +80,15 @@ def print_benchmark(result: Benchmark) -> None:
         )
     table.add_section()
     table.add_row("whole", *_times(result.whole), "100%")
-    console = Console(soft_wrap=True)
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(table)
-    console.print(f"{_number(result.images_per_second)} images per second")
+    out = console()
+    out.width = max(out.width, TABLE_WIDTH)
+    out.print(table)
+    out.print(f"{_number(result.images_per_second)} images per second")
     if result.peak_bytes is not None:
         loaded = "" if result.loaded_bytes is None else f", {result.loaded_bytes / 1e6:,.0f} MB before the first image"
         owner = "GPU tensors" if result.device.startswith("cuda") else "the process"
-        console.print(f"peak memory of {owner} {result.peak_bytes / 1e6:,.0f} MB{loaded}")
-    console.print(
+        out.print(f"peak memory of {owner} {result.peak_bytes / 1e6:,.0f} MB{loaded}")
+    out.print(
         f"this machine, measured in this run: {result.matrix_rate / 1e9:,.0f} GFLOP/s float32 matrix product, "
         f"{result.copy_rate / 1e9:,.1f} GB/s copy"
     )

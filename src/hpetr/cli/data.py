@@ -1,4 +1,4 @@
-"""The commands `hpetr data ...`. As in `cli.py`, everything heavy is imported inside the commands."""
+"""The commands `hpetr data ...`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hpetr.cli.output import BAD_INPUT, progress
+from hpetr.cli.options import Images, Overrides
+from hpetr.cli.output import BAD_INPUT, progress, say, warn
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training: check, show, sigmas.")
 
@@ -15,20 +16,18 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training:
 @data_app.command()
 def check(
     source: Annotated[Path, typer.Argument(help="COCO or CrowdPose JSON, YOLO-pose data.yaml, or a folder with one.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the images. Default: images beside the JSON, or the YAML's path.")
-    ] = None,
+    images: Images = None,
     split: Annotated[
         str | None, typer.Option(help="Split of a YOLO-pose data set: train, val or test. Default: all there are.")
     ] = None,
     decode: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Decode every image and look for equal ones.")
     ] = True,
-    examples: Annotated[int, typer.Option(min=0, help="How many of each kind are named.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Number of examples of each kind.")] = 3,
 ) -> None:
-    """Report everything that is wrong or odd in a data set, and what training makes of it.
+    """Report everything wrong or odd in a data set, and the part of it that training uses.
 
-    Exit code 2 when training would refuse the data set; warnings and notes do not matter to it.
+    Exit code 2 if training would refuse the data set, whatever the warnings and notes.
     """
     from hpetr.data.check import check_dataset
     from hpetr.data.readers import reader_of, source_file
@@ -51,11 +50,11 @@ def check(
 
 @data_app.command()
 def show(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Image to write, .jpg or .png.")] = Path("outputs/data.jpg"),
+    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file or the name of one in the package.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Image to write, .jpg or .png.")] = Path(
+        "outputs/data.jpg"
+    ),
     images: Annotated[
         int, typer.Option("--images", "--pictures", min=1, help="Number of training images to show.")
     ] = 16,
@@ -67,7 +66,7 @@ def show(
     loaded = load_recipe(recipe, overrides or [])
     from hpetr.training.show_data import write_grid
 
-    typer.echo(f"images: {write_grid(loaded, output, images, seed)}")
+    say(f"images: {write_grid(loaded, output, images, seed)}")
 
 
 @data_app.command()
@@ -85,6 +84,6 @@ def sigmas(
     for name, sigma, pairs in zip(estimate.names, estimate.sigmas, estimate.pairs, strict=True):
         if sigma is None:
             reason = "all of them equal" if pairs >= MIN_PAIRS else f"expected at least {MIN_PAIRS}"
-            typer.echo(f"warning: {name}: not estimable from {pairs} repeated labels, {reason}", err=True)
+            warn(f"{name}: not estimable from {pairs} repeated labels, {reason}")
     numbers = ", ".join("null" if sigma is None else f"{sigma:g}" for sigma in estimate.sigmas)
     typer.echo(f"sigmas: [{numbers}]")

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from hpetr import __version__
 from hpetr.cli.options import BatchSize, Device, Images, Precision
-from hpetr.cli.output import BAD_INPUT, count, print_table, progress, warn
+from hpetr.cli.output import BAD_INPUT, count, print_table, progress, say, say_beside, warn
 from hpetr.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ def eval_command(
     output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="JSON for the poses; the metrics go beside it as .metrics.json. With --zoo: JSON for the metrics. "
-            "Default: outputs/eval.json, outputs/zoo.json."
+            "Default: outputs/eval.json, outputs/zoo.json.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the data.")] = None,
@@ -67,24 +69,28 @@ def eval_command(
     from hpetr.checkpoints.card import check_card
     from hpetr.data.dataset import open_dataset
     from hpetr.data.readers import reader_of, source_file
-    from hpetr.images.files import check_writable
+    from hpetr.evaluation.evaluate import metrics_file
+    from hpetr.images.files import RESULT_SUFFIXES, check_output
     from hpetr.inference import processes
 
     data, target = Path(places[-1]), output or Path("outputs") / ("zoo.json" if zoo else "eval.json")
     folder = images or (data / "images" if annotations and data.is_dir() else None)
     processes.join()
+    say_beside(target)
 
     def prepare() -> tuple[PoseDataset, str]:
         if len(places) != (1 if zoo else 2):
             expected = "DATA alone, as --zoo names the checkpoints" if zoo else "CHECKPOINT DATA"
             raise InputError(f"eval: {len(places)} arguments, expected {expected}")
-        if processes.rank() == 0:
-            check_writable(target.parent)
         if card:
             check_card(None if zoo else places[0])
         source = source_file(annotations or data)
         chosen = split or ("val" if reader_of(source).splits else None)
-        return open_dataset(source, folder, split=chosen, limit=limit), processes.claim_device(device)
+        dataset = open_dataset(source, folder, split=chosen, limit=limit)
+        if processes.rank() == 0:
+            for path in [target] if zoo else [target, metrics_file(target)]:
+                check_output(path, [source, *dataset.image_paths], RESULT_SUFFIXES)
+        return dataset, processes.claim_device(device)
 
     with one_error_line():
         dataset, own_device = processes.together(prepare)
@@ -119,14 +125,14 @@ def _evaluate_one(
         result = evaluate(model, processor, dataset, size, advance, flip_test=flip_test, precision=precision)
     about = {"checkpoint": checkpoint, "annotations": str(dataset.path), "hpetr": __version__}
     is_first = processes.rank() == 0
-    metrics_file = processes.together(lambda: result.write(output, about) if is_first else None)
+    written = processes.together(lambda: result.write(output, about) if is_first else None)
     if is_first:
         _print_metrics(result, str(dataset.path))
-        typer.echo(f"poses: {output}\nmetrics: {metrics_file}")
+        say(f"poses: {output}\nmetrics: {written}")
         for note in result.notes:
             warn(note)
         if card:
-            typer.echo(f"card: {write_evaluation(Path(checkpoint), model, dataset.path, result)}")
+            say(f"card: {write_evaluation(Path(checkpoint), model, dataset.path, result)}")
 
 
 def _evaluate_zoo(
@@ -143,7 +149,7 @@ def _evaluate_zoo(
     processes.together(lambda: result.write(output, about) if is_first else None)
     if is_first:
         _print_zoo(result, str(dataset.path))
-        typer.echo(f"metrics: {output}")
+        say(f"metrics: {output}")
         for _, reason in result.left_out:
             warn(reason)
         if result.left_out:

@@ -28,16 +28,17 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a model for other runtimes."""
-    from hpetr.export.write import FORMATS, check_export, export_model
+    from hpetr.export.write import FORMATS, check_export, export_model, output_files
 
-    path = output or Path("model").with_suffix(FORMATS[form][0] if form in FORMATS else "")
+    path = output or Path("model").with_suffix(FORMATS[form].suffixes[-1] if form in FORMATS else "")
     check_export(path, form, half=half)
     from hpetr.checkpoints.folder import load_checkpoint
+    from hpetr.images.files import is_stream
     from hpetr.inference.open import find_model
 
     found = find_model(checkpoint)
     model, processor = load_checkpoint(found.path, "cpu")
-    typer.echo("translating the network, which takes a minute or two")
+    typer.echo("translating the network, which takes a minute or two", err=True)
     export_model(model, processor, path, form, found.title, half=half)
-    files = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
-    typer.echo(f"model: {path}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    if not is_stream(path):
+        typer.echo(f"model: {path}, {sum(file.stat().st_size for file in output_files(path, form)) / 1e6:.1f} MB")

@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from hpetr.cli.evaluate import one_error_line
 from hpetr.cli.options import Overrides
+from hpetr.cli.output import say
 
 
 class TrainCommand(TyperCommand):
@@ -24,7 +25,7 @@ class TrainCommand(TyperCommand):
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe, a YAML file or the name of one in the package.")],
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
@@ -55,4 +56,4 @@ def train_command(
                 typer.echo(str(stop), err=True)
             raise typer.Exit(128 + stop.signal) from None
     if processes.rank() == 0:
-        typer.echo(f"checkpoint: {folder}")
+        say(f"checkpoint: {folder}")

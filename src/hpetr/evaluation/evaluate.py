@@ -20,7 +20,7 @@ from hpetr.data.annotations import AREA_OF_BOX, short
 from hpetr.data.coco import read_ground_truth
 from hpetr.data.dataset import PoseDataset
 from hpetr.errors import InputError, needs_extra
-from hpetr.images.files import write_json
+from hpetr.images.files import is_stream, write_json
 from hpetr.inference import processes
 from hpetr.inference.flip_test import predict_batch_flipped
 from hpetr.inference.torch_predictor import class_names, predict_batch
@@ -95,8 +95,8 @@ class EvalResult:
 
 
 def metrics_file(path: Path) -> Path:
-    """Return the file of the metrics for a file of poses."""
-    return path.with_suffix(".metrics.json")
+    """Return the file of the metrics for a file of poses; eval.metrics.json in this folder for a stream."""
+    return Path("eval.metrics.json") if is_stream(path) else path.with_suffix(".metrics.json")
 
 
 def evaluate(

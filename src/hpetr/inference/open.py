@@ -79,12 +79,14 @@ def open_predictor(
     *,
     precision: str = "float32",
     compiled: bool = False,
+    keypoint_threshold: float | None = None,
 ) -> Predictor:
     """Open the predictor of a checkpoint or of an exported model.
 
     Args:
         model: see `find_model`.
-        device, threshold, precision, compiled: see `PosePredictor`. An exported model has one precision.
+        device, threshold, keypoint_threshold: see `PosePredictor`.
+        precision, compiled: of a checkpoint, likewise; an exported model has one precision.
 
     Raises:
         InputError: see `find_model`, `PosePredictor` and `hpetr.runtime.ExportedPredictor`; or a precision for an
@@ -92,8 +94,15 @@ def open_predictor(
     """
     named = find_model(model, ("checkpoint", "exported"))
     if named.kind == "checkpoint":
-        return PosePredictor(named.path, device, threshold, precision=precision, compiled=compiled)
+        return PosePredictor(
+            named.path,
+            device,
+            threshold,
+            precision=precision,
+            compiled=compiled,
+            keypoint_threshold=keypoint_threshold,
+        )
     if precision != "float32" or compiled:
         raise InputError(f"{model}: is an exported model, --precision and --compile are for checkpoints")
     assert named.path is not None
-    return ExportedPredictor(named.path, threshold, device=str(device))
+    return ExportedPredictor(named.path, threshold, device=str(device), keypoint_threshold=keypoint_threshold)
