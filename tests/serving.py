@@ -1,4 +1,4 @@
-"""A real `hpetr serve` process on a free port, and a checkpoint that answers in milliseconds."""
+"""A real `hpetr serve` process on a free port, and a checkpoint that takes milliseconds an image."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
 from hpetr.checkpoints.folder import save_checkpoint
 from training_runs import SMALL_MODEL
 
-SECONDS = 60.0  # until a process is given up
+SECONDS = 60.0  # until a process counts as hanging
 
 
-def save_small_checkpoint(folder: Path, threshold: float) -> None:
-    """A model that finds ten people in every image, with joints apart from each other: a fresh one gives points."""
+def save_small_checkpoint(folder: Path, threshold: float, **config: Any) -> None:
+    """Save a model that finds ten people in every image, with keypoints apart from each other, unlike a fresh one."""
     torch.manual_seed(0)
-    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano", **SMALL_MODEL))
+    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano", **SMALL_MODEL, **config))
     with torch.no_grad():
-        for head in (*model.pose_decoder.keypoint_heads, *model.joint_decoder.heads):
-            head[-1].weight.normal_(std=0.05)
+        for head in (*model.pose_decoder.keypoint_heads, *model.joint_decoder.heads, model.joint_decoder.score_head):
+            if head is not None:
+                head[-1].weight.normal_(std=0.05)
         for head in model.pose_decoder.class_heads:
             head.bias.fill_(0)
     processor = HPetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, threshold=threshold)
@@ -38,7 +39,7 @@ def save_small_checkpoint(folder: Path, threshold: float) -> None:
 
 
 class ServerProcess:
-    """Starts on entry and waits until it answers; is killed at the end if it still runs.
+    """A process that starts on entry, and is killed at the end if it still runs.
 
     Attributes:
         url: http://127.0.0.1:PORT.
@@ -68,12 +69,12 @@ class ServerProcess:
         self._log.close()
 
     def output(self) -> str:
-        """What it wrote so far."""
+        """Return all output so far."""
         self._log.seek(0)
         return self._log.read()
 
     def wait_for(self, true: Callable[[], object]) -> None:
-        """Until something is true; fails when the process ends or it takes too long."""
+        """Wait until something is true; fail when the process ends or it takes too long."""
         end = time.monotonic() + SECONDS
         while not true():
             assert self.process.poll() is None, self.output()
@@ -83,21 +84,21 @@ class ServerProcess:
     def post(
         self, body: bytes | Iterable[bytes], headers: dict[str, str] | None = None, query: str = ""
     ) -> tuple[int, Any, Any]:
-        """Status, headers and JSON of POST /v1/predict."""
+        """Return status, headers, and JSON or bytes of POST /v1/predict."""
         return self._ask("POST", f"/v1/predict{query}", body, headers)
 
     def get(self, path: str) -> tuple[int, Any, Any]:
-        """Status, headers and JSON or bytes of a page."""
+        """Return status, headers, and JSON or bytes of a page."""
         return self._ask("GET", path)
 
     def begin_upload(self, length: int = 1000) -> socket.socket:
-        """A request for poses whose body is still to come."""
+        """Begin a request for poses, without its body."""
         connection = socket.create_connection(("127.0.0.1", self.port))
         connection.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode())
         return connection
 
     def accepts(self) -> bool:
-        """Whether new connections are taken."""
+        """Return whether new connections are taken."""
         try:
             socket.create_connection(("127.0.0.1", self.port)).close()
         except ConnectionRefusedError:

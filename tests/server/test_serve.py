@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from hpetr import InputError, PosePredictor
 from hpetr.cli.main import app
 from hpetr.server import run
-from hpetr.server.app import Service
+from hpetr.server.app import Service, create_app
 from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import Limits, Refusal, check_image
 from hpetr.server.run import HeadTimeout, listen, make_server
@@ -176,6 +177,71 @@ def test_a_bad_threshold_is_refused(server: ServerProcess, value: str) -> None:
     assert answer["detail"].startswith(f"threshold is '{value}'")
 
 
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("treshold=0.1", "treshold: no such parameter, did you mean 'threshold'?"),
+        ("x=1", "x: no such parameter, expected threshold, keypoint_threshold, format"),
+        ("threshold=0.1&threshold=0.2", "threshold is given more than once"),
+        ("format=png", "format is 'png': input should be 'json' or 'image'"),
+        ("keypoint_threshold=3", "keypoint_threshold is '3': input should be less than or equal to 1"),
+    ],
+)
+def test_a_bad_parameter_is_refused_in_one_sentence(server: ServerProcess, query: str, says: str) -> None:
+    failures = 'hpetr_failures_total{kind="bad_parameter"}'
+    before = metrics(server).get(failures, 0)
+    assert server.post(encoded(), query=f"?{query}")[::2] == (422, {"kind": "bad_parameter", "detail": says})
+    assert metrics(server)[failures] == before + 1
+    status, _, answer = server.get("/v1/model?x=1")
+    assert (status, answer["detail"]) == (422, "x: no such parameter, expected none")
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "kind"),
+    [
+        ("?format=image", "*/*", "JPEG"),
+        ("", "image/jpeg", "JPEG"),
+        ("", "image/png;q=0.9", "PNG"),
+        ("?format=image", "image/png", "PNG"),
+        ("", "image/*", "JPEG"),
+    ],
+)
+def test_the_poses_are_drawn_on_request(
+    server: ServerProcess, predictor: PosePredictor, query: str, accept: str, kind: str
+) -> None:
+    status, headers, data = server.post(IMAGE.read_bytes(), {"Accept": accept}, query)
+    assert (status, headers["Content-Type"]) == (200, f"image/{kind.lower()}")
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == kind
+        drawn = np.asarray(image).astype(int)
+    assert np.abs(drawn - predictor(IMAGE).draw()).mean() < 3
+    assert np.abs(drawn - np.asarray(Image.open(IMAGE))).mean() > 3
+    assert server.post(IMAGE.read_bytes(), {"Accept": accept}, "?format=json")[2]["model"] == "small"
+
+
+def test_keypoints_below_their_threshold_are_in_no_box_and_not_drawn(tmp_path: Path) -> None:
+    save_small_checkpoint(tmp_path / "scored", threshold=0.0, keypoint_scores=True)
+    service = Service(PosePredictor(tmp_path / "scored", "cpu"), "scored")
+    service.start()
+    client = TestClient(create_app(service))
+
+    def ask(**parameters: Any) -> Any:
+        return client.post("/v1/predict", params=parameters, content=IMAGE.read_bytes())
+
+    scores = [k["score"] for pose in ask().json()["poses"] for k in pose["keypoints"]]
+    middle = float(np.median(scores))
+    for threshold in (0.0, middle):
+        answer = ask(keypoint_threshold=threshold).json()
+        assert answer["keypoint_threshold"] == threshold
+        for pose in answer["poses"]:
+            keypoints = [k for k in pose["keypoints"] if k["score"] >= threshold] or pose["keypoints"]
+            points = np.array([(k["x"], k["y"]) for k in keypoints])
+            np.testing.assert_allclose(pose["box"], [*points.min(0), *points.max(0)], atol=0.01)
+    drawings = [ask(format="image", keypoint_threshold=threshold).content for threshold in (0.0, middle, 1.0)]
+    assert len(set(drawings)) == 3
+    service.close()
+
+
 def test_unknown_addresses_and_methods(server: ServerProcess) -> None:
     assert server.get("/v2")[0] == 404
     status, headers, answer = server.get("/v1/predict")
@@ -192,9 +258,13 @@ def test_pages_about_the_server(server: ServerProcess, predictor: PosePredictor)
     operation = paths["/v1/predict"]["post"]
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
     assert {"200", "413", "415", "422", "503"} <= set(operation["responses"])
-    status, headers, page = server.get("/")
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert not re.findall(r"https?://|src=|@import", page.decode()), "the page sends requests to other servers"
+    for path in ("/", "/docs"):
+        status, headers, page = server.get(path)
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert not re.findall(r"https?://|src=|@import", page.decode()), "the page sends requests to other servers"
+    described = server.get("/openapi.json")[2]
+    for name in (*described["paths"], *described["components"]["schemas"], "keypoint_threshold", "image/png"):
+        assert f"{name}</code>" in page.decode()
 
 
 def test_only_this_machine_gets_in(server: ServerProcess) -> None:

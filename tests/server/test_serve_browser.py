@@ -1,7 +1,7 @@
 """The page of `hpetr serve` in a real browser.
 
-Chromium is looked for in the variable HPETR_CHROMIUM, on the path under its usual names, and where `playwright install
-chromium` puts it. It does not come by pip: `make browser` installs Debian's. Without one the tests fail.
+Chromium is searched in the variable HPETR_CHROMIUM, on the path under its usual names, and where `playwright install
+chromium` puts it. Without one the tests are skipped.
 """
 
 from __future__ import annotations
@@ -32,15 +32,24 @@ NAMES = (
     "google-chrome",
     "google-chrome-stable",
 )
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # and the permission to use it
-# Chromium asks its makers' servers for this and that.
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # with the permission to use it
+# Chromium sends requests to servers of its makers.
 ALONE = ["--disable-quic", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 MILLISECONDS = 60_000
 
 
-def find_chromium(downloaded: str) -> str | None:
+def find_chromium() -> str | None:
+    with sync_playwright() as driver:
+        downloaded = driver.chromium.executable_path
     candidates = [os.environ.get("HPETR_CHROMIUM"), *map(shutil.which, NAMES), downloaded]
     return next((path for path in candidates if path and Path(path).is_file()), None)
+
+
+CHROMIUM = find_chromium()
+if CHROMIUM is None:
+    pytest.skip(
+        "no Chromium: `make browser` as root installs Debian's; or name one in HPETR_CHROMIUM", allow_module_level=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +65,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as driver:
-        path = find_chromium(driver.chromium.executable_path)
-        if path is None:
-            pytest.fail("no Chromium here: `make browser` installs Debian's; or name one in HPETR_CHROMIUM")
         sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has none
-        opened = driver.chromium.launch(executable_path=path, args=[*CAMERA, *ALONE, *sandbox])
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=[*CAMERA, *ALONE, *sandbox])
         yield opened
         opened.close()
 
 
 class Tab:
-    """A tab with the server's page; notes its requests and errors."""
+    """A tab with the server's page, with a record of its requests and errors."""
 
     def __init__(self, browser: Any, server: ServerProcess, width: int = 1280, **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 844}, **options)
@@ -143,7 +149,7 @@ def test_upload_slide_and_save(tab: Tab, tmp_path: Path) -> None:
     assert max(green, blue) < 90
 
 
-def test_names_and_scores_under_the_pointer_and_by_keys(tab: Tab) -> None:
+def test_names_and_scores_by_pointer_and_keys(tab: Tab) -> None:
     tab.choose(IMAGE)
     tab.wait_for_poses()
     tab.page.focus("#canvas")
@@ -162,8 +168,8 @@ def test_names_and_scores_under_the_pointer_and_by_keys(tab: Tab) -> None:
     assert "left wrist" in tab.page.inner_text("#poses table")
 
 
-def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
-    """The server's answer with confidences as a model may give them."""
+def test_a_model_with_keypoint_scores_has_a_slider_for_them(tab: Tab) -> None:
+    """The server's answer with scores as a model may give them."""
 
     def with_scores(route: Any) -> None:
         answer = route.fetch()
@@ -175,7 +181,7 @@ def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
 
     tab.choose(IMAGE)
     tab.wait_for_poses()
-    assert not tab.page.is_visible("#keypoint-slider"), "all joints score 1"
+    assert not tab.page.is_visible("#keypoint-slider"), "all keypoints score 1"
     tab.page.route("**/v1/predict*", with_scores)
     tab.choose(IMAGE)
     tab.page.wait_for_selector("#keypoint-slider:visible")
@@ -184,11 +190,11 @@ def test_a_model_that_scores_joints_has_a_slider_for_them(tab: Tab) -> None:
     tab.page.keyboard.press("ArrowLeft")
     assert tab.page.inner_text("#tip").startswith("nose 0.00, person 1")
     tab.page.click("#poses summary >> nth=0")
-    tab.page.wait_for_selector("#poses tr.unseen >> nth=10", state="attached")  # the page redraws in its own time
+    tab.page.wait_for_selector("#poses tr.unseen >> nth=10", state="attached")  # the page redraws later
     assert tab.page.locator("#poses tr.unseen").count() == 11
 
 
-def test_errors_are_said_and_the_next_image_works(tab: Tab, tmp_path: Path) -> None:
+def test_errors_are_shown_and_the_next_image_works(tab: Tab, tmp_path: Path) -> None:
     text, large = tmp_path / "notes.txt", tmp_path / "large.png"
     text.write_text("not an image")
     large.write_bytes(bytes(3_000_000))
@@ -198,13 +204,13 @@ def test_errors_are_said_and_the_next_image_works(tab: Tab, tmp_path: Path) -> N
     assert said == "notes.txt: The upload is not an image, expected JPEG, PNG, WebP, GIF, BMP or TIFF."
     tab.choose(large)
     tab.page.wait_for_selector("text=The file has 3.0 MB, the server takes at most 2 MB.")
-    assert tab.predictions() == 1, "what is too large is not sent"
+    assert tab.predictions() == 1, "a file over the limit is not sent"
     tab.choose(IMAGE)
     tab.wait_for_poses()
     assert not tab.page.is_visible("#message")
 
 
-def test_a_image_that_the_browser_cannot_show_has_poses_too(tab: Tab, tmp_path: Path) -> None:
+def test_an_image_that_the_browser_cannot_show_has_poses_too(tab: Tab, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.open(IMAGE).save(buffer, "TIFF")
     file = tmp_path / "scan.tiff"
@@ -236,9 +242,9 @@ def test_paste_by_key_and_by_button(browser: Any, server: ServerProcess) -> None
         assert tab.errors == []
 
 
-def test_a_image_that_lies_on_its_side_is_drawn_upright(tab: Tab, tmp_path: Path) -> None:
+def test_an_image_with_exif_orientation_is_drawn_upright(tab: Tab, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn it to the right
+    exif[0x0112] = 6  # rotate to the right
     file = tmp_path / "phone.jpg"
     with Image.open(IMAGE) as image:
         image.save(file, exif=exif, quality=95)
@@ -266,7 +272,7 @@ def drop_image(tab: Tab, name: str) -> None:
     )
 
 
-def test_drop_on_a_dark_phone_and_touch_a_joint(browser: Any, server: ServerProcess) -> None:
+def test_drop_on_a_dark_phone_and_touch_a_keypoint(browser: Any, server: ServerProcess) -> None:
     with Tab(browser, server, width=390, color_scheme="dark", has_touch=True) as tab:
         name = f"{'long' * 30}.png"
         drop_image(tab, name)
@@ -290,7 +296,7 @@ def test_camera_image_by_image_and_continuous(browser: Any, server: ServerProces
         tab.wait_for_poses()
         tab.page.click("#camera")
         tab.page.wait_for_selector("#video:visible")
-        assert not tab.page.is_visible("#found"), "the list is of an image that is not to be seen"
+        assert not tab.page.is_visible("#found"), "the list belongs to an image that is not visible"
         assert tab.page.is_disabled("#save-json")
         tab.page.fill("#threshold", "0.02")
         assert not tab.page.is_visible("#found")
@@ -311,4 +317,17 @@ def test_camera_image_by_image_and_continuous(browser: Any, server: ServerProces
         tab.page.click("#camera")
         tab.page.wait_for_selector("text=camera.jpg: 1280 x 720 pixels")
         tab.wait_for_poses()
+        assert tab.errors == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_description_of_the_api_is_a_page_of_its_own(browser: Any, server: ServerProcess, width: int) -> None:
+    with Tab(browser, server, width=width) as tab:
+        tab.page.click("text=API")
+        tab.page.wait_for_selector("text=POST /v1/predict")
+        assert "keypoint_threshold" in tab.page.inner_text("table >> nth=0")
+        tab.page.click("a:has-text('Prediction') >> nth=0")
+        assert tab.page.url.endswith("/docs#Prediction")
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert all(url.startswith((server.url, "data:")) for url in tab.requests)
         assert tab.errors == []

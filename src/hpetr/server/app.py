@@ -20,12 +20,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hpetr import __version__
+from hpetr.errors import suggestion
+from hpetr.images.read import encode_image
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.server.batching import Batcher, Job
+from hpetr.server.description import description_page
 from hpetr.server.limits import FIELD, FORMAT_NAMES, PROBLEMS, STATUS, Limits, Refusal, check_image, read_upload
 from hpetr.server.metrics import Metrics
-from hpetr.server.schemas import Health, ModelInfo, Prediction, Problem, to_prediction
+from hpetr.server.schemas import Health, ModelInfo, NoParameters, Parameters, Prediction, Problem, to_prediction
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +38,7 @@ PAGE_POLICY = (
     "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; no client receives it
-Threshold = Annotated[
-    float | None, Query(ge=0, le=1, description="Poses with a higher score are returned. Default: the model's own.")
-]
+IMAGE_TYPES = {"image/jpeg": ".jpg", "image/png": ".png"}
 IMAGE = {"type": "string", "format": "binary"}
 BODY = {
     "required": True,
@@ -48,8 +49,13 @@ BODY = {
     },
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text} for status, (text, *_) in PROBLEMS.items()
+    200: {
+        "content": {media_type: {"schema": IMAGE} for media_type in IMAGE_TYPES},
+        "description": "The poses, or the image with the poses drawn.",
+    },
+    **{status: {"model": Problem, "description": text} for status, (text, *_) in PROBLEMS.items()},
 }
+NO_PARAMETER: dict[int | str, dict[str, Any]] = {422: {"model": Problem, "description": "Wrong parameter."}}
 
 
 class Service:
@@ -70,8 +76,9 @@ class Service:
         self.batcher = Batcher(predictor, self.limits.queue, size, self.limits.max_pixels)
         self.metrics = Metrics(lambda: self.batcher.waiting, lambda: self.batcher.admitted)
         self.batcher.on_batch = self.metrics.count_batch
-        # Headers are read one at a time: a hostile one may take seconds, which must not stop other answers.
+        # One at a time each: a hostile header may take seconds, and a decoded image much memory.
         self._header_reader = ThreadPoolExecutor(1, "hpetr-header")
+        self._painter = ThreadPoolExecutor(1, "hpetr-drawing")
 
     def start(self) -> None:
         """Run the model once, so that the first request does not wait for its first use, and start the queue."""
@@ -82,14 +89,18 @@ class Service:
         """Answer the requests that wait, within the time limit, and stop."""
         self.batcher.close(self.limits.timeout)
         self._header_reader.shutdown()
+        self._painter.shutdown()
 
-    async def predict(self, request: Request, threshold: float) -> PoseResult:
-        """Return the poses in a request's image.
+    async def predict(self, request: Request, parameters: Parameters) -> Response:
+        """Return the poses in a request's image as JSON, or drawn on the image.
 
         Raises:
             Refusal: see `PROBLEMS`.
             ClientDisconnect: the client closed the connection; its image is out of the queue.
         """
+        threshold, keypoint_threshold = parameters.threshold, parameters.keypoint_threshold
+        threshold = self.predictor.threshold if threshold is None else threshold
+        image_type = _image_type(request, parameters)
         self.batcher.admit()
         job = None
         late = Refusal("slow_upload", f"the upload did not arrive within {self.limits.timeout:g} s")
@@ -101,7 +112,12 @@ class Service:
                 size = await loop.run_in_executor(self._header_reader, check_image, data, self.limits)
                 job = Job(data, size, threshold)
                 self.batcher.submit(job)
-                return await _unless_gone(request, job)
+                result = await _unless_gone(request, job)
+                if keypoint_threshold is not None:
+                    result = result.with_keypoint_threshold(keypoint_threshold)
+                if image_type is not None:
+                    drawing = await loop.run_in_executor(self._painter, _draw, data, result, image_type)
+                    return Response(drawing, media_type=image_type)
         except TimeoutError:
             raise late from None
         finally:
@@ -109,6 +125,8 @@ class Service:
                 self.batcher.release()
             else:  # an image in the network keeps its place
                 job.future.add_done_callback(lambda _: self.batcher.release())
+        prediction = to_prediction(result, self.name, self.predictor.class_names, threshold)
+        return Response(prediction.model_dump_json(), media_type="application/json")
 
     def info(self) -> ModelInfo:
         """Return the description of the model and the limits."""
@@ -119,6 +137,7 @@ class Service:
             keypoint_names=list(skeleton.names),
             edges=[list(edge) for edge in skeleton.edges],
             threshold=self.predictor.threshold,
+            keypoint_threshold=self.predictor.keypoint_threshold,
             max_poses=self.predictor.num_poses,
             max_bytes=self.limits.max_bytes,
             max_pixels=self.limits.max_pixels,
@@ -126,6 +145,19 @@ class Service:
             device=self.predictor.device_name,
             version=__version__,
         )
+
+
+def _image_type(request: Request, parameters: Parameters) -> str | None:
+    """Return the media type of the drawing that a request asks for, None if it asks for JSON."""
+    accepted = [name.partition(";")[0].strip().lower() for name in request.headers.get("accept", "").split(",")]
+    by_header = next((name for name in accepted if name in IMAGE_TYPES), None)
+    if parameters.format == "image" or (parameters.format is None and "image/*" in accepted):
+        return by_header or "image/jpeg"
+    return by_header if parameters.format is None else None
+
+
+def _draw(data: bytes, result: PoseResult, image_type: str) -> bytes:
+    return encode_image(result.draw(data), IMAGE_TYPES[image_type])
 
 
 async def _unless_gone(request: Request, job: Job) -> PoseResult:
@@ -155,8 +187,12 @@ def create_app(service: Service) -> FastAPI:
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
-    @app.get("/v1/model")
-    async def model() -> ModelInfo:
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def show_description() -> HTMLResponse:
+        return HTMLResponse(description_page(app.openapi()), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/v1/model", responses=NO_PARAMETER)
+    async def model(parameters: Annotated[NoParameters, Query()]) -> ModelInfo:
         """The model, its keypoints, and the limits on uploads."""
         return service.info()
 
@@ -177,13 +213,15 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_prediction(app: FastAPI, service: Service) -> None:
     @app.post("/v1/predict", response_model=Prediction, responses=RESPONSES, openapi_extra={"requestBody": BODY})
-    async def predict(request: Request, threshold: Threshold = None) -> Response:
+    async def predict(request: Request, parameters: Annotated[Parameters, Query()]) -> Response:
         """The poses in one image, sent as the form field `file` or as the whole body."""
-        wanted = service.predictor.threshold if threshold is None else threshold
         start = time.perf_counter()
         service.metrics.requests.inc()
         try:
-            result = await service.predict(request, wanted)
+            names = [name for name, _ in request.query_params.multi_items()]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise Refusal("bad_parameter", f"{min(twice)} is given more than once")
+            return await service.predict(request, parameters)
         except ClientDisconnect:
             service.metrics.failures.labels("disconnected").inc()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -192,8 +230,6 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
             raise
         finally:
             service.metrics.latency.observe(time.perf_counter() - start)
-        prediction = to_prediction(result, service.name, service.predictor.class_names, wanted)
-        return Response(prediction.model_dump_json(), media_type="application/json")
 
 
 def _add_error_handlers(app: FastAPI, counted: Metrics) -> None:
@@ -205,9 +241,15 @@ def _add_error_handlers(app: FastAPI, counted: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        counted.requests.inc()
-        counted.failures.labels("bad_parameter").inc()
-        detail = f"{first['loc'][-1]} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        name, message = first["loc"][-1], first["msg"]
+        detail = f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+        if first["type"] == "extra_forbidden":
+            known = Parameters.model_fields if request.method == "POST" else ()
+            expected = f"expected {', '.join(known) or 'none'}"
+            detail = f"{name}: no such parameter, {suggestion(name, known, expected)}"
+        if request.method == "POST":
+            counted.requests.inc()
+            counted.failures.labels("bad_parameter").inc()
         return _problem(STATUS["bad_parameter"], "bad_parameter", detail)
 
     @app.exception_handler(HTTPException)

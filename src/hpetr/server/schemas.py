@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -12,6 +12,27 @@ PIXEL_DIGITS, SCORE_DIGITS = 3, 6
 # Lists of a fixed length: few readers of an OpenAPI description understand prefixItems, the form of tuples.
 Edge = Annotated[list[int], Field(min_length=2, max_length=2)]
 Box = Annotated[list[float], Field(min_length=4, max_length=4)]
+
+
+class NoParameters(BaseModel, extra="forbid"):
+    """Query of an address without parameters."""
+
+
+class Parameters(NoParameters):
+    """Query of a prediction."""
+
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="Poses with a higher score are returned. Default: the model's own."
+    )
+    keypoint_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Keypoints with a lower score are not drawn, and do not count in boxes. Default: the model's own.",
+    )
+    format: Literal["json", "image"] | None = Field(
+        None, description="`image` returns the image with the poses drawn. Default: as the header `Accept` asks for."
+    )
 
 
 class Size(BaseModel):
@@ -35,7 +56,7 @@ class Pose(BaseModel):
 
     score: float = Field(description="0..1")
     label: str = Field(description="Name of the class.")
-    box: Box = Field(description="Left, top, right, bottom of the keypoints.")
+    box: Box = Field(description="Left, top, right, bottom of the keypoints that count.")
     keypoints: list[Keypoint] = Field(description="In the order of `keypoint_names`.")
 
 
@@ -45,6 +66,7 @@ class Prediction(BaseModel):
     model: str
     image: Size
     threshold: float = Field(description="All poses have a higher score.")
+    keypoint_threshold: float = Field(description="Keypoints with a lower score do not count in boxes.")
     keypoint_names: list[str]
     edges: list[Edge] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
     poses: list[Pose]
@@ -58,6 +80,7 @@ class ModelInfo(BaseModel):
     keypoint_names: list[str]
     edges: list[Edge] = Field(description="Limbs, as pairs of indices into the keypoints from 0.")
     threshold: float = Field(description="Used when a request has none.")
+    keypoint_threshold: float = Field(description="Used when a request has none.")
     max_poses: int = Field(description="Maximum number of poses in an image.")
     max_bytes: int = Field(description="Of an upload.")
     max_pixels: int = Field(description="Of an image.")
@@ -107,6 +130,7 @@ def to_prediction(result: PoseResult, model: str, class_names: list[str], thresh
         model=model,
         image=Size(width=width, height=height),
         threshold=threshold,
+        keypoint_threshold=result.keypoint_threshold,
         keypoint_names=list(names),
         edges=[list(edge) for edge in result.skeleton.edges],
         poses=poses,
