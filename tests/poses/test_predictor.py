@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from hpetr import InputError, PoseResult, Skeleton
+from hpetr.images.pixels import Resize
 from hpetr.poses.predictor import Predictor
 
 
@@ -23,7 +24,7 @@ class BrightestPixel(Predictor):
     default_batch_size = 2
     num_poses = 1
     device_name = "cpu"
-    edge_limits = 64, 128
+    resize = Resize(64, 128)
 
     def __init__(self) -> None:
         self.class_names, self.batches = ["light"], list[int]()
