@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
@@ -203,7 +203,7 @@ def create_app(service: Service) -> FastAPI:
             return Health(status="ok")
         return JSONResponse({"status": "the model has stopped"}, HTTPStatus.SERVICE_UNAVAILABLE)  # type: ignore[return-value]
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}, "description": "For Prometheus."}})
+    @app.get("/metrics", response_class=PlainTextResponse, response_description="For Prometheus.")
     async def metrics() -> Response:
         """Requests, failures by kind, queue length, batch sizes, latencies, memory."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)

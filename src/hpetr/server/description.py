@@ -11,9 +11,11 @@ STYLE = """
   :root { color-scheme: light dark; }
   body { max-width: 960px; margin: 0 auto; padding: 12px 16px; font: 16px/1.45 system-ui, sans-serif; }
   h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2em; } h3 { font-size: 1rem; margin-bottom: 4px; }
-  code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+  code { font-family: ui-monospace, monospace; }
   table { border-collapse: collapse; width: 100%; }
-  td { vertical-align: top; padding: 4px 12px 4px 0; border-top: 1px solid #8886; }
+  tr { border-top: 1px solid #8886; }
+  td { vertical-align: top; padding: 4px 12px 4px 0; }
+  @media (max-width: 600px) { tr, td { display: block; } td { padding: 2px 0; } }
 """
 
 
