@@ -123,7 +123,7 @@ def test_what_training_accepts_but_nobody_means(tmp_path, content):
     assert report.accepted
     assert kinds(report, "warning") == {
         "no sigmas": 1,
-        "no flip pair": 1,
+        "no flip pairs": 1,
         "people with keypoints outside their image, taken as not labelled": 1,
         "people with keypoints far from their own box": 1,
         "boxes that reach outside their image, clipped": 2,

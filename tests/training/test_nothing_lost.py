@@ -1,12 +1,13 @@
-"""Runs that die: killed at random moments, out of disk space, with numbers that stop being numbers."""
+"""Runs that die: killed or stopped at any place, out of disk space, with numbers that stop being numbers."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
-import random
+import pkgutil
 import resource
 import shutil
 import signal
@@ -14,25 +15,58 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hpetr import HPetrForPoseEstimation, InputError
-from hpetr.training.run import publish, restore_log
+from hpetr.training.run import Interrupted, own_folder, publish, restore_log
 from hpetr.training.train import train
+from hpetr.training.trainer import PoseTrainer
 from training_runs import TINY, small_recipe
 
-KILLS = 20
+# Where a run dies: the function, and the number of its calls in one process. Reading images and steps come first, then
+# the parts of a checkpoint in the order of their writing: weights, optimizer, average, sync to the disk, new names.
+DEATHS = (
+    ("hpetr.data.dataset.read_image", 2),
+    ("hpetr.training.trainer.PoseTrainer.training_step", 2),
+    ("hpetr.training.trainer.PoseTrainer._save", 2),
+    ("torch.save", 3),
+    ("hpetr.training.trainer.save_file", 2),
+    ("os.fsync", 5),
+    ("pathlib.Path.rename", 1),
+    ("hpetr.training.run.log_line", 4),
+    ("hpetr.training.trainer.evaluate", 1),
+    ("pathlib.Path.rename", 3),
+    ("pathlib.Path.replace", 4),
+    ("hpetr.training.train.write_report", 1),
+)
 
 
-def train_in_silence(output: Path, overrides: list[str]) -> None:
-    """What a process of its own does; started by a server that has imported everything, so it starts at once."""
+def die_at(place: str, number: int) -> None:
+    """Kill this process, as kill -9 does, at a certain call of a function."""
+    module, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def train_in_silence(output: Path, overrides: list[str], death: tuple[str, int] | None = None) -> None:
+    """Train in a process of its own; started by a server that has imported everything, so it starts at once."""
     torch.set_num_threads(1)
     with (output.parent / f"{output.name}.txt").open("a") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
+        if death is not None:
+            die_at(*death)
         train(small_recipe(output, *overrides), resume="auto")
 
 
@@ -48,26 +82,15 @@ def starter() -> multiprocessing.context.ForkServerContext:
 
 
 def log_lines(folder: Path) -> list[dict]:
-    """The log without its times."""
+    """Return the log without its times."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "step_seconds"} for line in lines if "train_runtime" not in line]
 
 
-def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint, 0 without one."""
-    return max((checkpoint_step(path) for path in folder.glob("checkpoint-*")), default=0)
-
-
-def run_until(process: multiprocessing.process.BaseProcess, folder: Path, step: int) -> None:
-    """Wait until the run has published the checkpoint of `step`, or has ended."""
-    while process.is_alive() and newest_step(folder) < step:
-        time.sleep(0.001)
-
-
-def same_end(killed: Path, whole: Path) -> None:
+def assert_same_end(killed: Path, whole: Path) -> None:
     """Same losses, AP and weights, to the last bit; nothing unfinished left."""
     assert log_lines(killed) == log_lines(whole)
-    for name in ("model.safetensors", "best/model.safetensors", "checkpoint-20/average.safetensors"):
+    for name in ("model.safetensors", "best/model.safetensors", "checkpoint-12/average.safetensors"):
         expected, got = load_file(whole / name), load_file(killed / name)
         assert expected.keys() == got.keys()
         for key, tensor in expected.items():
@@ -75,46 +98,72 @@ def same_end(killed: Path, whole: Path) -> None:
     assert not list(killed.glob(".*"))
 
 
-def test_killed_twenty_times_it_ends_as_if_nothing_had_happened(starter, tmp_path: Path) -> None:
-    """kill -9 at random moments: while it starts, within steps, and while checkpoints are being written."""
-    settings = ["train.epochs=10", "train.ema=0.9", "train.eval_every=8", f"data.val.annotations={TINY}"]
+def test_killed_at_any_place_it_ends_as_if_nothing_had_happened(starter, tmp_path: Path) -> None:
+    """kill -9 while it starts, within steps, and while each part of a checkpoint is being written."""
+    settings = ["train.epochs=6", "train.ema=0.9", "train.eval_every=6", f"data.val.annotations={TINY}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = starter.Process(target=train_in_silence, args=(whole, settings))
-    process.start()
-    started = time.monotonic()
-    run_until(process, whole, 1)
-    to_first = time.monotonic() - started
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "whole.txt").read_text()
-    per_step = (time.monotonic() - started - to_first) / 19  # evaluations and the report included
-
-    rng, steps, kills = random.Random(0), set(), 0
-    while kills < KILLS:
-        process = starter.Process(target=train_in_silence, args=(killed, settings))
+    train(small_recipe(whole, *settings))
+    steps = []
+    for death in DEATHS:
+        process = starter.Process(target=train_in_silence, args=(killed, settings, death))
         process.start()
-        if rng.random() < 0.25:
-            process.join(rng.uniform(0, to_first))
-        else:  # progress is waited for, not timed: other work may slow the machine down at any moment
-            run_until(process, killed, newest_step(killed) + 1)
-            process.join(rng.uniform(0, per_step))
-        if process.is_alive():
-            process.kill()
-            kills += 1
         process.join()
-        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "killed.txt").read_text()
-        if newest := newest_step(killed):
-            load_file(killed / f"checkpoint-{newest}" / "model.safetensors")
-            torch.load(killed / f"checkpoint-{newest}" / "optimizer.pt", weights_only=True)
-            steps.add(newest)
-        if process.exitcode == 0:  # at its end before the last kill: once more from the start
-            same_end(killed, whole)
-            shutil.rmtree(killed)
-    process = starter.Process(target=train_in_silence, args=(killed, settings))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "killed.txt").read_text()
-    same_end(killed, whole)
-    assert len(steps) > 3, f"killed only after steps {steps}"
+        assert process.exitcode == -signal.SIGKILL, (death, (tmp_path / "killed.txt").read_text())
+        steps.append(max(map(checkpoint_step, killed.glob("checkpoint-*")), default=0))
+        if steps[-1]:
+            load_file(killed / f"checkpoint-{steps[-1]}" / "model.safetensors")
+            torch.load(killed / f"checkpoint-{steps[-1]}" / "optimizer.pt", weights_only=True)
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (0, 12)
+    train(small_recipe(killed, *settings), resume="auto")
+    assert_same_end(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path, monkeypatch, number: int) -> None:
+    """The signal comes within the third step of a run that would save its first checkpoint after the fourth."""
+    settings = ["train.save_every=4", "train.workers=1"]
+    whole, stopped = train(small_recipe(tmp_path / "whole", *settings)), tmp_path / "stopped"
+    step, calls = PoseTrainer.training_step, itertools.count(1)
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(PoseTrainer, "training_step", training_step)
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    with pytest.raises(Interrupted, match=r"checkpoint-3 is saved; the same command with --resume goes on") as stop:
+        train(small_recipe(stopped, *settings))
+    assert stop.value.signal == number
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    assert {path.name for path in stopped.iterdir()} == {"checkpoint-3", "log.jsonl", "recipe.yaml"}
+    train(small_recipe(stopped, *settings), resume="auto")
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+
+
+def test_a_run_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No run writes over the checkpoints, the model or the unfinished work of another, and none does so in silence."""
+    output = tmp_path / "run"
+    recipe = small_recipe(output, "train.epochs=0.5")
+    output.mkdir()
+    (output / "log.jsonl").touch()
+    with own_folder(output, active=True), pytest.raises(InputError, match="run: another run is writing there"):
+        train(recipe)
+    train(recipe)
+    assert "the log of a run without checkpoints is replaced" in capsys.readouterr().out
+    model = (output / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds checkpoints of a run; pass --resume, or choose another output"):
+        train(recipe)
+    shutil.rmtree(output / "checkpoint-1")
+    with pytest.raises(InputError, match=r"holds the model of a run \(model.safetensors\); choose another output"):
+        train(recipe)
+    with pytest.raises(InputError, match="holds a trained model and no checkpoint to resume from"):
+        train(recipe, resume="auto")
+    assert (output / "model.safetensors").read_bytes() == model
+    train(small_recipe(tmp_path / "other", "train.epochs=0.5"), resume="auto")
+    assert f"resume: no checkpoint in {tmp_path / 'other'}" in capsys.readouterr().out
 
 
 def train_until_the_disk_is_full(output: Path) -> None:

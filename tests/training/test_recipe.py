@@ -32,6 +32,19 @@ def test_base_and_overrides() -> None:
     assert recipe.data.val.annotations == Path("val.json")
 
 
+def test_recipes_of_the_package_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("h-petr-nano") == load_recipe(RECIPES / "h-petr-nano.yaml")
+    recipe = load_recipe("overfit-16")
+    assert recipe.data.train[0].annotations.is_file(), "the data in the package are found from any folder"
+    Path("mine.yaml").write_text("base: h-petr-nano\ntrain: {lr: 0.5}")
+    assert load_recipe("mine.yaml").augment == load_recipe("h-petr-nano").augment
+    Path("petr-r50").write_text("base: h-petr-nano\noutput: here")
+    assert load_recipe("petr-r50").output == Path("here"), "a file comes first"
+    with pytest.raises(InputError, match="recipe h-petr-nanno: no such file, did you mean 'h-petr-nano'"):
+        load_recipe("h-petr-nanno")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -162,17 +162,18 @@ def test_every_recipe_is_on_the_page() -> None:
     assert first_cells - {"recipe", "backbone"} == {path.stem for path in RECIPES}
 
 
-def test_commands_of_the_page_are_valid() -> None:
+def test_commands_of_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the test of all pages leaves out: other programs, and options in brackets."""
+    monkeypatch.chdir(ROOT)
     (line,) = re.findall(r"^hpetr train (.*downsample_in_bottleneck.*)$", PAGE, re.MULTILINE)
     recipe, *overrides = shlex.split(line)
-    options = load_recipe(ROOT / recipe, overrides).model.options
+    options = load_recipe(recipe, overrides).model.options
     assert HPetrConfig.preset("petr-r50", **options).backbone_config.downsample_in_bottleneck
-    lines = re.findall(r"^(?:torchrun .* -m hpetr\.cli train|sbatch \S+/train\.sbatch) (.+)$", PAGE, re.MULTILINE)
+    lines = re.findall(r"^(?:torchrun .* -m hpetr train|sbatch \S+/train\.sbatch) (.+)$", PAGE, re.MULTILINE)
     assert len(lines) == 2
     for line in lines:
         recipe, *overrides = shlex.split(line)
-        load_recipe(ROOT / recipe, overrides)
+        load_recipe(recipe, overrides)
 
 
 def test_slurm_evaluation_runs(tmp_path: Path) -> None:

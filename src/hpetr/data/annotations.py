@@ -40,9 +40,7 @@ class ProblemLog:
         """Add a problem; `text` names the field and the expected value."""
         self.problems.append(Problem(kind, f"{where}: {text}"))
 
-    def field(
-        self, item: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str, expected: str
-    ) -> Any:
+    def field(self, item: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str, expected: str) -> Any:
         """Return item[key], or add a problem and return None if it is missing, of another type or beyond 64 bits."""
         value: Any = item.get(key)
         valid = isinstance(value, kind) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hpetr.data.annotations import PoseAnnotations, Problem
 from hpetr.data.dataset import (
+    NO_FLIPS,
     DatasetReport,
     ImageSizeError,
     PoseDataset,
@@ -191,6 +192,9 @@ class _Findings:
         if category.get("sigmas") is None and known_skeleton(skeleton.names) is None:
             text = f"every keypoint gets {FALLBACK_SIGMA}, so AP compares only with itself (see `hpetr data sigmas`)"
             self.add("warning", "no sigmas", 1, [f"{path}: {text}"])
+        if not skeleton.can_flip:
+            self.add("warning", "no flip pairs", 1, [f"{path}: {NO_FLIPS}"])
+            return []
         unpaired = unpaired_sides(skeleton)
         text = "a side in the name but no flip pair: a mirrored image keeps it as it is"
         self.add("warning", "no flip pair", len(unpaired), (f"{path}: {name!r}: {text}" for name in unpaired))
@@ -221,6 +225,9 @@ class _Findings:
         text = "nearly the keypoints of {}"
         self.warn_rows("people labelled twice", second, lambda row: text.format(loaded.position(pairs[row])))
         without = int((~loaded.is_crowd & ~labelled.any(axis=1)).sum())
+        if not content.people and not loaded.problems:
+            text = f"{loaded.path}: nobody with labelled keypoints, training on this data set alone is refused"
+            self.add("warning", "no people", 1, [text])
         self.add("note", "people without keypoints, ignored in training", without)
         self.add("note", "crowd regions, ignored in training", content.crowds)
         self.add("note", "annotations without area, which get 0.53 times their box", content.filled_areas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from hpetr.data.sample import Sample
 from hpetr.errors import InputError
 from hpetr.images.read import load_image
 from hpetr.poses.skeleton import Skeleton
+
+NO_FLIPS = "images are not flipped in training: no flip pairs, expected 'flip_idx' or left and right in keypoint names"
 
 
 @dataclass(frozen=True)
@@ -260,16 +262,20 @@ def skeleton_of(loaded: PoseAnnotations) -> Skeleton:
         InputError: names the file, the category and its field, or the difference of two categories.
     """
     try:
-        first, *others = (Skeleton.from_coco_category(category) for category in loaded.categories)
+        skeletons = [Skeleton.from_coco_category(category) for category in loaded.categories]
     except InputError as error:
         raise InputError(f"{loaded.path}: {error}") from error
-    for category, other in zip(loaded.categories[1:], others, strict=True):
-        if (difference := other.difference(first)) is not None:
-            pair = f"categories {category['id']} and {loaded.categories[0]['id']}"
-            raise InputError(
-                f"{loaded.path}: {pair} differ in their keypoints ({difference}), expected the same for all"
-            )
-    return first
+    chosen = first_that_flips(skeletons)
+    for category, skeleton in zip(loaded.categories, skeletons, strict=True):
+        if (difference := skeleton.difference(skeletons[chosen])) is not None:
+            pair = f"categories {category['id']} and {loaded.categories[chosen]['id']}"
+            raise InputError(f"{loaded.path}: {pair} differ in their keypoints ({difference}), expected the same")
+    return skeletons[chosen]
+
+
+def first_that_flips(skeletons: Sequence[Skeleton]) -> int:
+    """Return the index of the first skeleton with known flip pairs, 0 if there is none."""
+    return next((index for index, skeleton in enumerate(skeletons) if skeleton.can_flip), 0)
 
 
 def missing_images(loaded: PoseAnnotations, limit: int | None = None) -> dict[int, Problem]:

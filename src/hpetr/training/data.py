@@ -20,7 +20,7 @@ from hpetr.data.augment import (
     Transform,
     mosaic,
 )
-from hpetr.data.dataset import PoseDataset, open_dataset
+from hpetr.data.dataset import PoseDataset, first_that_flips, open_dataset
 from hpetr.data.sample import Sample
 from hpetr.errors import InputError
 from hpetr.poses.skeleton import Skeleton
@@ -36,14 +36,17 @@ def open_data(source: DataSource) -> PoseDataset:
     return open_dataset(source.annotations, source.images, **options)
 
 
-def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> None:
-    """Raise `InputError` if keypoints, mirror pairs, sigmas or categories differ from those of the first data set.
+def common_skeleton(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> Skeleton:
+    """Return the skeleton of all data sets, with the flip pairs of the first that gives them.
 
     Args:
         sigmas_given: the recipe replaces the sigmas of the data, which then may differ.
+
+    Raises:
+        InputError: keypoints, flip pairs, sigmas or categories differ.
     """
-    first = datasets[0]
-    for dataset in datasets[1:]:
+    first = datasets[first_that_flips([dataset.skeleton for dataset in datasets])]
+    for dataset in datasets:
         difference = dataset.skeleton.difference(first.skeleton, sigmas=not sigmas_given)
         if difference is not None:
             raise InputError(f"{dataset.path}: its keypoints differ from those of {first.path} ({difference})")
@@ -52,6 +55,7 @@ def check_agreement(datasets: Sequence[PoseDataset], *, sigmas_given: bool) -> N
                 f"{dataset.path}: its categories are {dataset.class_names}, "
                 f"expected {first.class_names} as in {first.path}"
             )
+    return first.skeleton
 
 
 class Draw(NamedTuple):
@@ -170,7 +174,7 @@ def build_transform(recipe: AugmentRecipe, processor: ProcessorRecipe, skeleton:
     if recipe.rotation or recipe.shear:
         fill = mean_color(processor)
         steps.append(RandomAffine(rotation=recipe.rotation, shear=recipe.shear, fill=fill))
-    if recipe.flip:
+    if recipe.flip and skeleton.can_flip:
         steps.append(RandomHorizontalFlip(recipe.flip, skeleton.flip_index))
     sides = recipe.short_sides
     short_sides = range(sides.first, sides.last + 1) if isinstance(sides, SideRange) else sides

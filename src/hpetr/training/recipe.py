@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+RECIPES = Path(__file__).resolve().parent / "recipes"
 BACKBONE_WEIGHTS = ("imagenet", "movenet")  # names of weights that a backbone starts from
 
 
@@ -182,15 +184,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: YAML file. A key `base:` names one other file, relative to it, whose values this one overrides.
+        path: YAML file, or the name of a recipe in the package, such as `h-petr-nano`. A key `base:` names one other
+            recipe, a file relative to it or a name, whose values this one overrides.
         overrides: `key.key=value`, values in YAML; a list's entries count from 0: `data.train.0.limit=16`.
+
     Raises:
-        InputError: names the file, the key and what was expected.
+        InputError: names the file, the key and the expected value.
     """
-    path = Path(path)
+    path = _find(path, Path())
     values = _read(path)
     if (base := values.pop("base", None)) is not None:
-        parent = _read(path.parent / str(base))
+        parent = _read(_find(str(base), path.parent))
         if "base" in parent:
             raise InputError(f"{path}: base {base!r} has a base of its own, expected at most one level")
         values = _merge(parent, values)
@@ -216,6 +220,18 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe_values(recipe), sort_keys=False, default_flow_style=None, width=100)
 
 
+def _find(place: str | Path, folder: Path) -> Path:
+    """Return the path of a recipe: a file, relative to the folder, or the name of one in the package."""
+    path = folder / place
+    if os.path.isfile(path) or len(Path(place).parts) != 1:
+        return path
+    names = [recipe.stem for recipe in RECIPES.glob("*.yaml")]
+    if Path(place).suffix not in (".yaml", ".yml") and str(place) not in names:
+        raise InputError(f"recipe {place}: no such file, {suggestion(str(place), names, 'expected a YAML file')}")
+    packaged = RECIPES / f"{str(place).removesuffix('.yaml')}.yaml"
+    return packaged if packaged.is_file() else path
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -225,6 +241,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of recipe keys")
+    if path.resolve().parent == RECIPES:  # data that come with the package are named relative to the recipe
+        for source in values.get("data", {}).get("train", []):
+            if (data := RECIPES / source["annotations"]).is_file():
+                source["annotations"] = str(data)
     return values
 
 

@@ -24,7 +24,7 @@ from hpetr.checkpoints.backbone_weights import copy_weights, load_backbone_weigh
 from hpetr.checkpoints.card import CARD, is_own_text
 from hpetr.checkpoints.folder import build_on_meta, config_from, load_checkpoint
 from hpetr.data.check import shared_images
-from hpetr.data.dataset import PoseDataset
+from hpetr.data.dataset import NO_FLIPS, PoseDataset
 from hpetr.errors import InputError, first_line, suggestion
 from hpetr.images.files import check_writable
 from hpetr.inference import processes
@@ -32,7 +32,7 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.poses.skeleton import Skeleton
 from hpetr.training.callbacks import Console, RunCallback, StopOnSignal
-from hpetr.training.data import TrainingSet, build_transform, check_agreement, mean_color, open_data
+from hpetr.training.data import TrainingSet, build_transform, common_skeleton, mean_color, open_data
 from hpetr.training.recipe import BACKBONE_WEIGHTS, Recipe
 from hpetr.training.report import draw_samples, write_report
 from hpetr.training.run import (
@@ -140,10 +140,9 @@ def open_training(recipe: Recipe, tell: Say | None = None) -> tuple[TrainingSet,
     """
     tell = tell or (lambda line: None)
     datasets = [open_data(source) for source in recipe.data.train]
-    skeleton = datasets[0].skeleton
     val = None if recipe.data.val is None else open_data(recipe.data.val)
     every = datasets if val is None else [*datasets, val]
-    check_agreement(every, sigmas_given=recipe.data.sigmas is not None)
+    skeleton = common_skeleton(every, sigmas_given=recipe.data.sigmas is not None)
     if recipe.data.sigmas is not None:
         if len(recipe.data.sigmas) != skeleton.num_keypoints:
             raise InputError(f"data.sigmas: {len(recipe.data.sigmas)} numbers, expected {skeleton.num_keypoints}")
@@ -157,6 +156,8 @@ def open_training(recipe: Recipe, tell: Say | None = None) -> tuple[TrainingSet,
         tell(f"val: {val.path}: {val.report}")
     for warning in dict.fromkeys(warning for dataset in every for warning in dataset.warnings):
         tell(f"warning: {warning}")
+    if recipe.augment.flip and not skeleton.can_flip:
+        tell(f"warning: {datasets[0].path}: {NO_FLIPS}")
     if not sum(dataset.report.people for dataset in datasets):
         raise InputError(f"data.train: nobody with labelled keypoints in {datasets[0].path}, expected people to learn")
     if val is not None:
@@ -286,7 +287,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments._n_gpu = 1
         say(
             f"one of {torch.cuda.device_count()} GPUs is used; "
-            "for all of them: torchrun --nproc_per_node gpu -m hpetr.cli train ..."
+            "for all of them: torchrun --nproc_per_node gpu -m hpetr train ..."
         )
     return arguments
 
