@@ -7,11 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hpetr import HPetrForPoseEstimation, HPetrImageProcessor, InputError
 from hpetr.checkpoints.folder import check_new, load_checkpoint, resolve_device, save_checkpoint
@@ -110,6 +111,40 @@ def test_only_a_new_or_empty_folder_is_written(tmp_path: Path, model: HPetrForPo
         with pytest.raises(InputError, match="exists already|is not a writable folder"):
             save_checkpoint(model, HPetrImageProcessor(), tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
+
+
+def keep_integers(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({name: t.to(torch.int8) if t.ndim > 1 else t for name, t in state.items()}, folder / "model.safetensors")
+
+
+def name_other_processor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+
+
+def index_of_another_folder(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"metadata": {}, "weight_map": {"a": "../other.safetensors"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (keep_integers, r"model.safetensors: tensor '.*' does not hold floating-point numbers \(\d+ such\)"),
+        (name_other_processor, "image_processor_type is 'CLIPImageProcessor', expected 'HPetrImageProcessor'"),
+        (index_of_another_folder, "model.safetensors.index.json: expected names of files in the folder"),
+    ],
+)
+def test_nothing_is_read_as_something_else(
+    tmp_path: Path, model: HPetrForPoseEstimation, damage: Callable[[Path], None], message: str
+) -> None:
+    save_checkpoint(model, HPetrImageProcessor(), tmp_path / "folder")
+    damage(tmp_path / "folder")
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(tmp_path / "folder", "cpu")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "toaster", ""])

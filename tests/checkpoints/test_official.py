@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import golden_inputs
-from hpetr import InputError
-from hpetr.checkpoints.official import load_official, unfold_order
+from hpetr import HPetrConfig, InputError
+from hpetr.checkpoints.official import load_official, to_official, unfold_order
 from paths import GOLDEN
+from tiny_model import tiny_model
 
 KEYS = json.loads((GOLDEN / "official_keys.json").read_text())
 
@@ -60,6 +61,41 @@ def test_missing_and_leftover_tensors(state) -> None:
         load_official(less, "petr-r50")
     with pytest.raises(InputError, match="unexpected tensor 'optimizer'"):
         load_official({**state, "optimizer": torch.zeros(1)}, "petr-r50")
+
+
+def test_preset_is_found_by_the_tensors(state, tmp_path: Path) -> None:
+    model = load_official(state)
+    assert model.config.to_dict() == HPetrConfig.preset("petr-r50").to_dict()
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other.pth: is none of the zoo's models; of the nearest.* 'a.weight'"):
+        load_official(tmp_path / "other.pth")
+
+
+def test_number_of_classes_follows_the_checkpoint(state) -> None:
+    two = {name: t.repeat(2, *[1] * (t.ndim - 1)) if "cls_branches" in name else t for name, t in state.items()}
+    model = load_official(two)
+    assert model.config.id2label == {0: "class 0", 1: "class 1"}
+    assert torch.equal(model.pose_decoder.class_heads[0].bias, two["bbox_head.cls_branches.0.bias"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"keypoint_scores": True}, "joint_decoder.score_head"),
+        ({"steps": "size"}, "steps = 'size'"),
+        ({"num_feature_levels": 5}, "backbone.neck.convs.4.weight"),
+        ({"neck_norm": "token"}, "backbone.neck.convs.0.bias"),
+    ],
+)
+def test_models_that_the_official_code_does_not_have(changes: dict, reason: str) -> None:
+    with pytest.raises(InputError, match=f"no official model has {reason}"):
+        to_official(tiny_model(**changes))
+
+
+def test_numbers_that_are_not_finite(state) -> None:
+    state = {**state, "backbone.bn1.bias": torch.full((64,), torch.inf)}
+    with pytest.raises(InputError, match="'backbone.bn1.bias' holds NaN or infinity"):
+        load_official(state, "petr-r50")
 
 
 class Bomb:

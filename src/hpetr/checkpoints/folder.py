@@ -35,6 +35,7 @@ INDEX = f"{WEIGHTS}.index.json"
 HUB_FILES = (CONFIG, PROCESSOR, "model*.safetensors", INDEX)
 # In front of OWNER/NAME or OWNER/NAME@REVISION. Without it a misspelt folder would be looked for on the network.
 SCHEME = "hf://"
+FLOATS = ("F64", "F32", "F16", "BF16")  # names of safetensors
 # Problems of tensors.
 MISSING, EXTRA, WRONG = "is missing", "belongs to no module", "has another shape"
 
@@ -132,7 +133,7 @@ def load_checkpoint(
     config = load_config(folder)
     files = weight_files(folder)
     processor = load_processor(folder)
-    _check_size(folder, config, files)
+    _check_stored(folder, config, files)
     with one_line(f"{folder / WEIGHTS}: cannot be read, truncated? (", ")"):
         model, misfits = read_weights(HPetrForPoseEstimation, folder, config)
     _refuse(folder, misfits)
@@ -181,7 +182,11 @@ def load_processor(folder: Path) -> HPetrImageProcessor:
     """
     if not (folder / PROCESSOR).is_file():
         raise InputError(f"{folder}: has no {PROCESSOR}, expected it beside {CONFIG} (processor.save_pretrained)")
+    expected = HPetrImageProcessor.__name__
     with one_line(f"{folder / PROCESSOR}: "):
+        kind = json.loads((folder / PROCESSOR).read_text(encoding="utf-8")).get("image_processor_type", expected)
+        if kind != expected:
+            raise ValueError(f"image_processor_type is {kind!r}, expected {expected!r}")
         return HPetrImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
@@ -236,17 +241,22 @@ def read_weights(kind: type[Model], folder: Path, config: PreTrainedConfig) -> t
     return model, {MISSING: sorted(report["missing_keys"]), EXTRA: sorted(report["unexpected_keys"]), WRONG: wrong}
 
 
-def _check_size(folder: Path, config: HPetrConfig, files: Sequence[Path]) -> None:
-    """Refuse weights that are less than the configuration asks for, before there is memory for what it asks."""
+def _check_stored(folder: Path, config: HPetrConfig, files: Sequence[Path]) -> None:
+    """Refuse integers for floats, and less weights than the configuration asks for, before there is memory for them."""
     with one_line(f"{folder / CONFIG}: "):
-        expected = {name: list(tensor.shape) for name, tensor in build_on_meta(config).state_dict().items()}
+        expected = build_on_meta(config).state_dict()
     stored: dict[str, list[int]] = {}
     for file in files:
         with one_line(f"{file}: cannot be read, truncated? (", ")"), safe_open(file, framework="pt") as content:
-            stored |= {name: content.get_slice(name).get_shape() for name in content.keys()}
-    if sum(map(math.prod, expected.values())) > sum(map(math.prod, stored.values())):
-        wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
-        _refuse(folder, {MISSING: expected.keys() - stored.keys(), WRONG: wrong})
+            slices = {name: content.get_slice(name) for name in content.keys()}
+            stored |= {name: one.get_shape() for name, one in slices.items()}
+            floats = [name for name in slices if name in expected and expected[name].is_floating_point()]
+            wrong = [name for name in floats if slices[name].get_dtype() not in FLOATS]
+        _refuse(folder, {"does not hold floating-point numbers": wrong})
+    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
+    if sum(map(math.prod, shapes.values())) > sum(map(math.prod, stored.values())):
+        wrong = [name for name, shape in shapes.items() if stored.get(name) != shape]
+        _refuse(folder, {MISSING: shapes.keys() - stored.keys(), WRONG: wrong})
 
 
 def _refuse(folder: Path, misfits: Mapping[str, Collection[str]]) -> None:

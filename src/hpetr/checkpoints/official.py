@@ -81,7 +81,8 @@ def read_official(path: Path) -> StateDict:
         InputError: the file is missing, truncated, holds pickled objects other than tensors, or no state dict.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file, expected an official checkpoint (.pth)")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {found}, expected an official checkpoint (.pth)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -149,7 +150,9 @@ def identify(shapes: Shapes, where: str | Path, *, official: bool = True) -> str
     )
 
 
-def load_official(source: str | Path | StateDict, preset: str | None = None) -> HPetrForPoseEstimation:
+def load_official(
+    source: str | Path | StateDict, preset: str | None = None, where: str | Path = "state dict"
+) -> HPetrForPoseEstimation:
     """Load the model `preset` with the weights of an official checkpoint, in evaluation mode.
 
     The numbers of keypoints and classes are the checkpoint's, so that CrowdPose's 14 keypoints load as well.
@@ -157,12 +160,12 @@ def load_official(source: str | Path | StateDict, preset: str | None = None) -> 
     Args:
         source: path of a `.pth` file (mmcv's layout or a bare state dict), or a state dict.
         preset: name of the model, see `HPetrConfig.preset`; None finds it by the tensors.
+        where: the file of a state dict, for errors.
 
     Raises:
         InputError: wrong file, or a checkpoint of another model: names the first tensor that does not fit.
     """
-    where = "state dict" if isinstance(source, dict) else str(source)
-    state = source if isinstance(source, dict) else read_official(Path(source))
+    state, where = (source, where) if isinstance(source, dict) else (read_official(Path(source)), source)
     shapes = weight_shapes(state)
     preset = preset or identify(shapes, where)
     sizes = official_sizes(shapes)

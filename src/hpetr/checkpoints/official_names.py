@@ -51,12 +51,11 @@ PETR = {
     "joint_decoder.query_embedding.*": "bbox_head.transformer.refine_query_embedding.*",
     "joint_decoder.heads.*": "bbox_head.refine_kpt_branches.*",
     "heatmap_head.*": "bbox_head.fc_hm.*",
-    # The zoo's necks have three backbone levels and one extra.
-    "backbone.neck.convs.3.weight": "neck.extra_convs.0.conv.weight",
-    "backbone.neck.norms.3.*": "neck.extra_convs.0.gn.*",
-    "backbone.neck.convs.#.weight": "neck.convs.#.conv.weight",
-    "backbone.neck.norms.#.*": "neck.convs.#.gn.*",
 }
+# The zoo's necks have three backbone levels and one extra.
+for level, name in enumerate(("convs.0", "convs.1", "convs.2", "extra_convs.0")):
+    PETR[f"backbone.neck.convs.{level}.weight"] = f"neck.{name}.conv.weight"
+    PETR[f"backbone.neck.norms.{level}.*"] = f"neck.{name}.gn.*"
 GROUP_LAYER = {
     "within_attention.*": "within_attn.*",
     "within_norm.*": "within_norm.*",
