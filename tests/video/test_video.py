@@ -32,8 +32,9 @@ from hpetr.checkpoints.folder import save_checkpoint
 from hpetr.cli.main import app
 from hpetr.cli.video import predict_and_report
 from hpetr.video import predict_frames
+from hpetr.video.open import open_source
 from hpetr.video.run import Progress, VideoOptions, predict_videos
-from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.source import Frame, Source
 from paths import EXAMPLES
 from training_runs import SMALL_MODEL
 

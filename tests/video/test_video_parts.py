@@ -19,7 +19,8 @@ from hpetr.poses.skeleton import COCO
 from hpetr.video import file_source
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.naming import output_stem, public_name, split_inputs
-from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.open import open_source
+from hpetr.video.source import Frame, Source
 from hpetr.video.tracking import PoseTracker
 
 

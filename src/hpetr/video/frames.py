@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from hpetr.poses.predictor import Predictor
 from hpetr.poses.result import PoseResult
 from hpetr.video.decoding import FrameQueue
-from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.open import open_source
+from hpetr.video.source import Frame, Source
 
 logger = logging.getLogger(__name__)
 

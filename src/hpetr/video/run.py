@@ -22,7 +22,8 @@ from hpetr.poses.result import PoseResult
 from hpetr.video.decoding import FrameQueue
 from hpetr.video.json_lines import JsonLines
 from hpetr.video.naming import DRAWING_SUFFIXES, RESULTS_NAME, output_stem
-from hpetr.video.source import Frame, Source, open_source
+from hpetr.video.open import open_source
+from hpetr.video.source import Frame, Source
 from hpetr.video.tracking import UNTRACKED, PoseSmoother, PoseTracker
 
 if TYPE_CHECKING:
