@@ -48,21 +48,21 @@ def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
     assert (figures["image"], figures["input"]) == ([192, 256], [96, 128])
     assert (figures["weights"], figures["batch"], figures["repeats"], figures["threads"]) == ("checkpoint", 1, 3, 1)
 
-    stages = {stage["name"]: stage for stage in figures["stages"]}
+    stages = {entry["name"]: entry for entry in figures["stages"]}
     assert tuple(stages) == (*STAGES, OTHER)
-    for stage in figures["stages"]:
-        assert stage.keys() == {field.name for field in fields(Stage)}
-        seconds = stage["seconds"]
+    for entry in figures["stages"]:
+        assert entry.keys() == {field.name for field in fields(Stage)}
+        seconds = entry["seconds"]
         assert 0 < seconds["lower_quartile"] <= seconds["median"] <= seconds["upper_quartile"]
     assert figures["images_per_second"] == pytest.approx(1 / figures["whole"]["median"])
 
     # What is counted: all FLOPs of `hpetr info`, in the network's stages only.
-    assert {name for name, stage in stages.items() if stage["flops"]} == set(NETWORK)
-    assert sum(stage["flops"] for stage in stages.values()) == model_info("h-petr-nano", (96, 128)).flops
-    for name, stage in stages.items():
-        rate = (stage["flops"] + stage["sampling_flops"]) / stage["seconds"]["median"]
+    assert {name for name, entry in stages.items() if entry["flops"]} == set(NETWORK)
+    assert sum(entry["flops"] for entry in stages.values()) == model_info("h-petr-nano", (96, 128)).flops
+    for name, entry in stages.items():
+        rate = (entry["flops"] + entry["sampling_flops"]) / entry["seconds"]["median"]
         expected = rate / figures["matrix_rate"] if name in NETWORK else None
-        assert stage["matrix_share"] == pytest.approx(expected)
+        assert entry["matrix_share"] == pytest.approx(expected)
     assert all(stages[name]["bytes"] > 0 and stages[name]["copy_share"] > 0 for name in NETWORK)
     assert stages["decode"]["bytes"] == 0
     assert stages["decode"]["copy_share"] is None

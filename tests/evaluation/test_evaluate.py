@@ -20,11 +20,13 @@ from pycocotools.coco import COCO as ReferenceCoco
 from pycocotools.cocoeval import COCOeval as ReferenceEval
 from typer.testing import CliRunner
 
+from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
 from hpetr.checkpoints.folder import load_checkpoint
 from hpetr.cli.main import app
 from hpetr.data.dataset import open_dataset
 from hpetr.errors import InputError
 from hpetr.evaluation.evaluate import METRICS, coco_metrics, crowd_levels, crowdpose_metrics, evaluate
+from hpetr.inference.flip_test import predict_batch_flipped
 from hpetr.poses.skeleton import COCO, CROWDPOSE
 from paths import TINY
 
@@ -438,3 +440,94 @@ def test_two_processes_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> 
         assert figures.pop("seconds") > 0
         assert expected.pop("seconds") > 0
         assert figures == expected
+
+
+def two_classes(checkpoint: Path, **skeleton: object) -> tuple[HPetrForPoseEstimation, HPetrImageProcessor]:
+    """A model of random weights that finds persons and statues."""
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    values = model.config.to_dict() | {"id2label": {0: "person", 1: "statue"}, "label2id": {"person": 0, "statue": 1}}
+    values["skeleton"] = {**values["skeleton"], **skeleton}
+    torch.manual_seed(0)
+    return HPetrForPoseEstimation(HPetrConfig.from_dict(values)).eval(), processor
+
+
+def categories_in(path: Path, *names: str) -> Path:
+    """The tiny data with these categories, whose ids follow the names; everybody is a person or the first of them."""
+    truth = json.loads((TINY / "annotations.json").read_text())
+    ids = {"person": 1, "statue": 2}
+    truth["categories"] = [
+        {**truth["categories"][0], "id": ids.pop(name, 7 + i), "name": name} for i, name in enumerate(names)
+    ]
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = 1 if "person" in names else 7
+    path.write_text(json.dumps(truth))
+    return path
+
+
+def test_categories_match_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    model, processor = two_classes(checkpoint)
+    results = [
+        evaluate(model, processor, open_dataset(categories_in(tmp_path / "c.json", *names), TINY / "images"))
+        for names in (("person", "statue"), ("statue", "person"), ("statue", "goat", "person"))
+    ]
+    assert {pose["category_id"] for pose in results[0].results} == {1, 2}
+    assert results[0].results == results[1].results == results[2].results
+    assert results[0].metrics == results[1].metrics
+    assert not results[0].notes
+    for names, found in (("person", "goat"), "not"), (("person", "statue", "statue"), "twice"), (("person",), "not"):
+        other = open_dataset(categories_in(tmp_path / "c.json", *names), TINY / "images")
+        with pytest.raises(InputError, match=rf"c.json: the model's class 'statue' is {found} among its categories"):
+            evaluate(model, processor, other)
+
+
+def test_one_class_of_another_name_is_stated(checkpoint: Path, tmp_path: Path) -> None:
+    data = categories_in(tmp_path / "c.json", "goat")
+    options = ("--images", str(TINY / "images"), "--limit", "1", "--output", str(tmp_path / "e.json"))
+    done = CliRunner().invoke(app, ["eval", str(checkpoint), str(data), *options])
+    assert done.exit_code == 0, done.output
+    assert f"warning: {data}: its category is 'goat', the model's class 'person'" in done.stderr
+    assert {pose["category_id"] for pose in json.loads((tmp_path / "e.json").read_text())} == {7}
+
+
+def test_flip_test_needs_mirror_pairs(checkpoint: Path, tmp_path: Path) -> None:
+    model, processor = two_classes(checkpoint, flip_pairs=[], can_flip=False)
+    dataset = open_dataset(categories_in(tmp_path / "c.json", "person", "statue"), TINY / "images", limit=1)
+    result = evaluate(model, processor, dataset, flip_test=True)
+    assert not result.flip_test
+    assert result.notes == (
+        "no flip test: the model's data do not say which keypoints change places in a mirror image",
+    )
+    assert result.results == evaluate(model, processor, dataset).results
+    with pytest.raises(InputError, match="flip test: the model's skeleton has no mirror pairs"):
+        predict_batch_flipped(model, processor, [dataset[0].image])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": float("nan")}, "'keypoints' or 'score' is not finite"),
+        ({"keypoints": [float("inf")] * 51}, "'keypoints' or 'score' is not finite"),
+        ({"keypoints": None}, "'keypoints' is None, expected a list of numbers"),
+        ({"score": "0.5"}, "'score' is '0.5', expected a number"),
+        ({"category_id": 99}, "category_id 99 is not in the ground truth"),
+    ],
+)
+def test_numbers_of_results_are_checked(change: dict[str, Any], message: str) -> None:
+    truth = made_ground_truth(17)
+    result = perturbed(truth, 17)[0]
+    with pytest.raises(InputError, match=rf"^results\[0\]: {message}"):
+        coco_metrics(truth, [{**result, **change}], COCO.sigmas)
+
+
+def test_forms_of_results_are_checked() -> None:
+    truth = made_ground_truth(17)
+    results = perturbed(truth, 17)
+    missing = {key: value for key, value in results[0].items() if key != "score"}
+    with pytest.raises(InputError, match=r"results\[0\]: field 'score' is missing"):
+        coco_metrics(truth, [missing], COCO.sigmas)
+    with pytest.raises(InputError, match="expected a list of COCO keypoint results"):
+        coco_metrics(truth, {"annotations": results}, COCO.sigmas)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sigmas are .*, expected positive numbers"):
+        coco_metrics(truth, results, [0.0] * 17)
+    numpy = [{**r, "score": np.float32(r["score"]), "keypoints": np.array(r["keypoints"])} for r in results]
+    assert coco_metrics(truth, numpy, np.array(COCO.sigmas)) == pytest.approx(coco_metrics(truth, results, COCO.sigmas))

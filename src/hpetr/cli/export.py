@@ -37,6 +37,8 @@ def export_command(
     from hpetr.inference.open import find_model
 
     found = find_model(checkpoint)
+    assert found.path is not None
+    check_export(path, form, half=half, inputs=[*found.path.glob("*.safetensors"), *found.path.glob("*.json")])
     model, processor = load_checkpoint(found.path, "cpu")
     typer.echo("translating the network, which takes a minute or two", err=True)
     export_model(model, processor, path, form, found.title, half=half)

@@ -137,6 +137,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     started = time.perf_counter()
+    if flip_test and not Skeleton.from_dict(model.config.skeleton).can_flip:
+        notes.append("no flip test: the model's data do not say which keypoints change places in a mirror image")
+        flip_test = False
     predict = predict_batch_flipped if flip_test else predict_batch
 
     def estimate(batch: range) -> list[_Pose]:
@@ -398,20 +401,28 @@ def _checked_results(
         raise InputError("results: expected a list of COCO keypoint results, such as 'annotations' of a results file")
     if not all(sigma > 0 for sigma in sigmas):
         raise InputError(f"sigmas are {short(list(sigmas))}, expected positive numbers")
-    known = {image["id"] for image in truth["images"]}
+    images = {image["id"] for image in truth["images"]}
+    categories = {category["id"] for category in truth["categories"]}
     checked = []
     for position, result in enumerate(results):
         where = f"results[{position}]"
-        missing = {"image_id", "category_id", "keypoints", "score"} - result.keys()
-        if missing:
+        if missing := {"image_id", "category_id", "keypoints", "score"} - result.keys():
             raise InputError(f"{where}: field {min(missing)!r} is missing")
-        if result["image_id"] not in known:
-            raise InputError(f"{where}: image_id {result['image_id']} is not in the ground truth")
-        keypoints = np.asarray(result["keypoints"], dtype=np.float64).ravel()
+        for field, known in (("image_id", images), ("category_id", categories)):
+            if result[field] not in known:
+                raise InputError(f"{where}: {field} {short(result[field])} is not in the ground truth")
+        try:
+            keypoints = np.asarray(result["keypoints"], dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError):
+            keypoints = np.array([])
+        if not keypoints.size or not isinstance(result["keypoints"], Sequence | np.ndarray):
+            raise InputError(f"{where}: 'keypoints' is {short(result['keypoints'])}, expected a list of numbers")
         if len(keypoints) != 3 * len(sigmas):
             raise InputError(f"{where}: {len(keypoints)} numbers in 'keypoints', expected {3 * len(sigmas)}")
-        if not (np.isfinite(keypoints).all() and np.isfinite(result["score"])):
-            raise InputError(f"{where}: 'keypoints' or 'score' is not finite, expected numbers")
+        if not isinstance(result["score"], Real):
+            raise InputError(f"{where}: 'score' is {short(result['score'])}, expected a number")
+        if not (np.isfinite(keypoints).all() and np.isfinite(float(result["score"]))):
+            raise InputError(f"{where}: 'keypoints' or 'score' is not finite")
         plain = {"image_id": int(result["image_id"]), "category_id": int(result["category_id"])}
         checked.append({**result, **plain, "keypoints": keypoints.tolist(), "score": float(result["score"])})
     return checked

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from hpetr.errors import InputError
 from hpetr.inference.torch_predictor import predict_batch
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.poses.result import POSE_FIELDS, PoseResult
+from hpetr.poses.skeleton import Skeleton
 
 # As published for PETR on CrowdPose: linear decay of boxes that overlap by half, and nothing below this score.
 IOU_THRESHOLD = 0.5
@@ -30,7 +32,12 @@ def predict_batch_flipped(
     Args:
         model, processor, images, precision: see `predict_batch`.
         threshold: minimum score of a pose before the merge, exclusive; None means the processor's.
+
+    Raises:
+        InputError: the model's data do not say how keypoints change places (`Skeleton.can_flip`).
     """
+    if not Skeleton.from_dict(model.config.skeleton).can_flip:
+        raise InputError("flip test: the model's skeleton has no mirror pairs, expected a model trained with them")
     mirror_images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
     plain, mirrored = (
         predict_batch(model, processor, batch, threshold, precision) for batch in (images, mirror_images)
