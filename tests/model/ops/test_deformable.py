@@ -402,11 +402,12 @@ def test_without_compiler_the_reference_runs_and_says_so_once(tmp_path):
     assert "no C compiler" in log[0]
 
 
-def test_compiler_that_fails_is_reported_once(tmp_path):
-    output, log = finish(start(HPETR_CACHE=str(tmp_path), CC="false"))
+@pytest.mark.parametrize(("compiler", "message"), [("false", "false failed"), ('"cc', "quotation")])
+def test_compiler_that_fails_is_reported_once(tmp_path, compiler, message):
+    output, log = finish(start(HPETR_CACHE=str(tmp_path), CC=compiler))
     assert output == "reference [5.5, 5.5]"
     assert len(log) == 1
-    assert "false failed" in log[0]
+    assert message in log[0]
 
 
 @needs_c
@@ -416,3 +417,11 @@ def test_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tmp_path
     output, log = finish(start(HPETR_CACHE=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path / "tmp")))
     assert (output, log) == ("c [5.5, 5.5]", [])
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@needs_c
+def test_broken_library_in_the_cache_is_not_used(tmp_path):
+    assert finish(start(HPETR_CACHE=str(tmp_path)))[0] == "c [5.5, 5.5]"
+    (library,) = tmp_path.iterdir()
+    library.write_bytes(b"")
+    assert finish(start(HPETR_CACHE=str(tmp_path))) == ("c [5.5, 5.5]", [])
