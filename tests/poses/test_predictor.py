@@ -48,7 +48,7 @@ class BrightestPixel(Predictor):
         return results
 
 
-def picture(x: int, y: int) -> np.ndarray:
+def light_at(x: int, y: int) -> np.ndarray:
     image = np.zeros((20, 30, 3), np.uint8)
     image[y, x] = 255
     return image
@@ -72,7 +72,7 @@ def encoded(image: np.ndarray) -> bytes:
 
 
 def test_one_image_of_any_kind_gives_one_result(tmp_path: Path) -> None:
-    image, path = picture(3, 4), tmp_path / "a.png"
+    image, path = light_at(3, 4), tmp_path / "a.png"
     path.write_bytes(encoded(image))
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     with path.open("rb") as file:
@@ -95,7 +95,7 @@ def test_one_image_of_any_kind_gives_one_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [list, tuple, np.stack, as_tensor])
 def test_several_images_give_a_list(make, batch_size: int | None) -> None:
     predictor = BrightestPixel()
-    results = predictor(make([picture(*place) for place in PLACES]), batch_size)
+    results = predictor(make([light_at(*place) for place in PLACES]), batch_size)
     assert isinstance(results, list)
     assert places(results) == PLACES
     assert max(predictor.batches) == (batch_size or 2)
@@ -108,7 +108,7 @@ def test_a_generator_gives_a_generator() -> None:
     def images() -> Iterator[np.ndarray]:
         for place in PLACES:
             read.append(place)
-            yield picture(*place)
+            yield light_at(*place)
 
     results = BrightestPixel()(images(), batch_size=2)
     assert isinstance(results, Iterator)
@@ -124,7 +124,7 @@ def test_a_generator_gives_a_generator() -> None:
 
 
 def test_thresholds_of_a_call() -> None:
-    predictor, image = BrightestPixel(), picture(3, 4)
+    predictor, image = BrightestPixel(), light_at(3, 4)
     assert [len(predictor(image, threshold=value)) for value in (0, 0.5, np.float32(0.7), 1)] == [1, 1, 0, 0]
     for results in ([predictor(image, keypoint_threshold=0.5)], predictor([image], keypoint_threshold=0.5)):
         assert results[0].found.tolist() == [[True, False]]
@@ -145,7 +145,7 @@ def test_thresholds_of_a_call() -> None:
     ],
 )
 def test_arguments_out_of_range(arguments: dict, message: str) -> None:
-    for images in (picture(1, 1), [picture(1, 1)], iter([picture(1, 1)])):
+    for images in (light_at(1, 1), [light_at(1, 1)], iter([light_at(1, 1)])):
         with pytest.raises(InputError, match=message):
             BrightestPixel()(images, **arguments)
 

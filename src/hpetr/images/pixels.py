@@ -1,6 +1,6 @@
-"""Pixels as the network takes them: the one resize, normalization and padding of training, prediction and exports.
+"""Pixels for the network: the one resize, normalization and padding of training, prediction and exports.
 
-On NumPy and OpenCV alone: exported models run without anything else.
+With NumPy and OpenCV alone, since exported models run without other packages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ MIN_BATCH_SIDE = 64
 
 
 def rgb_of_array(array: np.ndarray) -> np.ndarray:
-    """Grey, RGB or RGBA, (H, W) to (H, W, 4) uint8 or uint16, as (H, W, 3) uint8 RGB; transparent pixels on white.
+    """Convert gray, RGB or RGBA to (H, W, 3) uint8 RGB, with transparent pixels on white.
+
+    Args:
+        array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8 or uint16.
 
     Raises:
         InputError: another shape or dtype.
@@ -41,7 +44,7 @@ def rgb_of_array(array: np.ndarray) -> np.ndarray:
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 -> (H, W, 3) uint8."""
+    """Lay (H, W, 4) uint8 RGBA on white; returns (H, W, 3) uint8."""
     alpha = rgba[:, :, 3:].astype(np.uint32)
     mixed = rgba[:, :, :3] * alpha + 255 * (255 - alpha)  # (H, W, 3), 0..255 * 255
     return ((mixed + 127) // 255).astype(np.uint8)
@@ -130,18 +133,19 @@ def _filtered(image: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def batch_side(sides: Sequence[int], divisor: int) -> int:
-    """Height or width of a batch of images with these heights or widths."""
+    """Return the height or width of a batch of images with these heights or widths."""
     return -(-max(MIN_BATCH_SIDE, *sides) // divisor) * divisor
 
 
 def normalize_and_pad(
     images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float], divisor: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A batch of the images, each at the top left, with zeros where an image ends.
+    """Make a batch of images, each at the top left, with zeros beyond it.
 
     Args:
         images: B arrays (H_i, W_i, 3) uint8 RGB.
-        mean, std: three numbers each, for pixels in 0..1.
+        mean: three numbers, for pixels in 0..1.
+        std: three numbers, likewise.
         divisor: height and width of the batch are multiples of it (and at least `MIN_BATCH_SIDE`).
 
     Returns:

@@ -99,7 +99,7 @@ def _read_bytes(source: Any) -> tuple[bytes, str]:
 
 
 def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    """(C, H, W) uint8, or floats in 0..1 -> (H, W, C) uint8."""
+    """Convert (C, H, W) uint8, or floats in 0..1, to (H, W, C) uint8."""
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
         raise InputError(f"image tensor of shape {tuple(tensor.shape)}: expected (3, H, W), (1, H, W) or (4, H, W)")
     array = tensor.detach().cpu().permute(1, 2, 0)  # (H, W, C)
@@ -127,7 +127,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Return whether it is whole, upright, and RGB or gray: nothing that Pillow would have to do beyond decoding."""
+    """Return whether an image is whole, upright, and RGB or gray, so that decoding is all that Pillow would do."""
     upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image.format == "JPEG" and image.mode in ("RGB", "L") and upright and data.endswith(b"\xff\xd9")
 

@@ -64,7 +64,7 @@ class Skeleton:
 
     @property
     def num_keypoints(self) -> int:
-        """K."""
+        """Number of keypoints, K."""
         return len(self.names)
 
     @property
