@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import golden_inputs
 from hpetr import HPetrConfig, InputError
-from hpetr.checkpoints.official import load_official, to_official, unfold_order
+from hpetr.checkpoints.official import from_official, load_official, read_official, to_official, unfold_order
 from paths import GOLDEN
 from tiny_model import tiny_model
 
@@ -23,13 +24,21 @@ def state() -> dict[str, torch.Tensor]:
     return golden_inputs.fill(KEYS["petr-r50"])
 
 
-@pytest.mark.parametrize("layout", ["mmcv", "bare"])
-def test_both_layouts_of_a_file(tmp_path: Path, state, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["mmcv", "detr", "bare"])
+def test_layouts_of_a_file(tmp_path: Path, state, layout: str) -> None:
     path = tmp_path / "official.pth"
-    torch.save({"meta": {"epoch": 100}, "state_dict": state} if layout == "mmcv" else state, path)
-    model = load_official(path, "petr-r50")
-    assert not model.training
-    torch.testing.assert_close(model.heatmap_head.bias, state["bbox_head.fc_hm.bias"])
+    contents = {
+        "mmcv": {"meta": {"epoch": 100}, "state_dict": state},
+        "detr": {"model": state, "args": argparse.Namespace(lr=1e-4, device="cuda"), "epoch": 59},
+        "bare": state,
+    }
+    torch.save(contents[layout], path)
+    read = read_official(path)
+    assert read.keys() == state.keys()
+    if layout == "mmcv":
+        model = load_official(path, "petr-r50")
+        assert not model.training
+        torch.testing.assert_close(model.heatmap_head.bias, state["bbox_head.fc_hm.bias"])
 
 
 def test_number_of_joints_follows_the_checkpoint() -> None:
@@ -90,6 +99,26 @@ def test_number_of_classes_follows_the_checkpoint(state) -> None:
 def test_models_that_the_official_code_does_not_have(changes: dict, reason: str) -> None:
     with pytest.raises(InputError, match=f"no official model has {reason}"):
         to_official(tiny_model(**changes))
+
+
+def test_heads_registered_twice_hold_the_same_numbers() -> None:
+    model = tiny_model(
+        decoder="group",
+        joint_decoder_layers=0,
+        loss_heatmap=0.0,
+        num_one_to_many_queries=0,
+        leading_columns=1,
+        neck_bias=True,
+    )
+    official = to_official(model)
+    twice = [name for name in official if name.startswith("transformer.decoder.class_embed.")]
+    assert len(twice) == 2 * model.config.decoder_layers
+    assert all(torch.equal(official[name], official[name.removeprefix("transformer.decoder.")]) for name in twice)
+    back = from_official(official, model.config)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.items())
+    official[twice[0]] += 1
+    with pytest.raises(InputError, match=rf"'{twice[0]}' differs from the other one of the same head"):
+        from_official(official, model.config)
 
 
 def test_numbers_that_are_not_finite(state) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from functools import cache
 from pathlib import Path
@@ -56,8 +57,10 @@ def from_official(state: StateDict, config: HPetrConfig) -> StateDict:
     for name in filter(is_weight, state):
         if name not in places:
             raise InputError(f"official checkpoint: unexpected tensor {name!r}")
-        parts = _reorder(name, state[name]).tensor_split(len(places[name]))
-        ours |= zip(places[name], parts, strict=True)
+        parts = dict(zip(places[name], _reorder(name, state[name]).tensor_split(len(places[name])), strict=True))
+        if any(part in ours and not torch.equal(ours[part], tensor) for part, tensor in parts.items()):
+            raise InputError(f"official checkpoint: tensor {name!r} differs from the other one of the same head")
+        ours |= parts
     return ours
 
 
@@ -75,7 +78,9 @@ def to_official(model: HPetrForPoseEstimation) -> StateDict:
 
 
 def read_official(path: Path) -> StateDict:
-    """Read the state dict of a `.pth` file: mmcv's layout (`state_dict` inside) or a bare one. Pickled code never runs.
+    """Read the state dict of a `.pth` file: under `state_dict` (mmcv) or `model` (Group Pose), or a bare one.
+
+    Pickled code never runs.
 
     Raises:
         InputError: the file is missing, truncated, holds pickled objects other than tensors, or no state dict.
@@ -84,7 +89,8 @@ def read_official(path: Path) -> StateDict:
         found = "is a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}, expected an official checkpoint (.pth)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # Group Pose's options; runs no code
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: holds pickled objects other than tensors or is no checkpoint, expected a state dict; nothing "
@@ -92,9 +98,9 @@ def read_official(path: Path) -> StateDict:
         ) from error
     except Exception as error:  # torch's reader raises any kind of error for a broken file
         raise InputError(f"{path}: cannot be read as a checkpoint (truncated?), expected a .pth file") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: expected a state dict of tensors, or a dict with one under 'state_dict'")
+        raise InputError(f"{path}: expected a state dict of tensors, or a dict with one under 'state_dict' or 'model'")
     return state
 
 
@@ -158,7 +164,7 @@ def load_official(
     The numbers of keypoints and classes are the checkpoint's, so that CrowdPose's 14 keypoints load as well.
 
     Args:
-        source: path of a `.pth` file (mmcv's layout or a bare state dict), or a state dict.
+        source: path of a `.pth` file, see `read_official`, or a state dict.
         preset: name of the model, see `HPetrConfig.preset`; None finds it by the tensors.
         where: the file of a state dict, for errors.
 

@@ -71,21 +71,19 @@ GROUP_LAYER = {
 def group_pose(layers: int) -> Table:
     """Return the names of Group Pose with this number of decoder layers; its heads are registered twice."""
     ours, official = "pose_decoder.", "transformer."
-    # Official MLPs count their linear layers alone, ours the activations between them too.
-    heads = {f"keypoint_heads.#.{2 * i}.*": f"pose_embed.#.layers.{i}.*" for i in range(3)} | {
-        "class_heads.#.*": "class_embed.#.*"
-    }
-    proposal_heads = {f"keypoint_heads.{layers}.{2 * i}.*": f"enc_pose_embed.layers.{i}.*" for i in range(4)}
-    rows = {
-        **{f"layers.#.{part}": f"decoder.layers.#.{name}" for part, name in GROUP_LAYER.items()},
-        **{f"position_head.{2 * i}.*": f"decoder.half_pose_ref_point_head.layers.{i}.*" for i in range(2)},
-        **proposal_heads,
-        f"class_heads.{layers}.*": "enc_out_class_embed.*",
+    rows = {f"layers.#.{part}": f"decoder.layers.#.{name}" for part, name in GROUP_LAYER.items()}
+    rows |= {
         "proposal_proj.*": "enc_output.*",
         "proposal_norm.*": "enc_output_norm.*",
         "keypoint_embedding.*": "keypoint_embedding.*",
         "instance_embedding.*": "instance_embedding.*",
+        f"class_heads.{layers}.*": "enc_out_class_embed.*",
     }
+    # Official MLPs count their linear layers alone, ours the activations between them too.
+    rows |= {f"keypoint_heads.{layers}.{2 * i}.*": f"enc_pose_embed.layers.{i}.*" for i in range(4)}
+    rows |= {f"position_head.{2 * i}.*": f"decoder.half_pose_ref_point_head.layers.{i}.*" for i in range(2)}
+    heads = {"class_heads.#.*": "class_embed.#.*"}
+    heads |= {f"keypoint_heads.#.{2 * i}.*": f"pose_embed.#.layers.{i}.*" for i in range(3)}
     return {
         "encoder.layers.#.attention.*": "transformer.encoder.layers.#.self_attn.*",
         "encoder.layers.#.attention_norm.*": "transformer.encoder.layers.#.norm1.*",
