@@ -73,15 +73,15 @@ def test_resnet_folder(tmp_path: Path, model_class: type) -> None:
     source.save_pretrained(tmp_path)
     model = pose_model(RESNET)
     neck = model.backbone.neck.convs[0].weight.clone()
-    said = load_backbone_weights(model, str(tmp_path))
+    summary = load_backbone_weights(model, str(tmp_path))
     with torch.inference_mode():
         expected = source(pixels(), output_hidden_states=True).hidden_states[2:]
     for ours, theirs in zip(features(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.backbone.neck.convs[0].weight, neck)  # the backbone alone
     count = sum(not name.endswith("num_batches_tracked") for name in model.backbone.body.state_dict())
-    assert f"{count} tensors" in said
-    assert ("classifier.1.weight" in said) == (model_class is ResNetForImageClassification)
+    assert f"{count} tensors" in summary
+    assert ("classifier.1.weight" in summary) == (model_class is ResNetForImageClassification)
 
 
 @pytest.mark.parametrize("model_class", [SwinModel, SwinForImageClassification])
@@ -90,15 +90,15 @@ def test_swin_folder(tmp_path: Path, model_class: type) -> None:
     source = trained(model_class, SWIN)
     source.save_pretrained(tmp_path)
     model = pose_model(SWIN)
-    said = load_backbone_weights(model, str(tmp_path))
+    summary = load_backbone_weights(model, str(tmp_path))
     how = {"always_partition": True, "output_hidden_states": True, "output_hidden_states_before_downsampling": True}
     with torch.inference_mode():
         expected = source.base_model(pixels(), **how).reshaped_hidden_states[2:]
     for ours, theirs in zip(features(model), expected, strict=True):
         normed = torch.nn.functional.layer_norm(theirs.movedim(1, -1), ours.shape[1:2]).movedim(-1, 1)
         torch.testing.assert_close(ours, normed, rtol=1e-5, atol=1e-5)
-    assert "6 of output norms start as identity" in said
-    assert "swin.layernorm.weight" in said
+    assert "6 of output norms start as identity" in summary
+    assert "swin.layernorm.weight" in summary
 
 
 def test_swin_backbone_brings_its_norms(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_torchvision_file(tmp_path: Path) -> None:
     state = {name: t.half() if t.ndim == 4 else t for name, t in torchvision_state(source).items()}
     save_file({**state, "fc.weight": torch.ones(10, 128), "fc.bias": torch.ones(10)}, path)
     model = pose_model(version_1)
-    said = load_backbone_weights(model, str(path))
-    assert "downsample_in_bottleneck is true by the model" in said
-    assert "left out 2" in said
+    summary = load_backbone_weights(model, str(path))
+    assert "downsample_in_bottleneck is true by the model" in summary
+    assert "left out 2" in summary
     with torch.inference_mode():
         expected = source(pixels(), output_hidden_states=True).hidden_states[2:]
     for ours, theirs in zip(features(model), expected, strict=True):

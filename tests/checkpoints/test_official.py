@@ -41,7 +41,7 @@ def test_layouts_of_a_file(tmp_path: Path, state, layout: str) -> None:
         torch.testing.assert_close(model.heatmap_head.bias, state["bbox_head.fc_hm.bias"])
 
 
-def test_number_of_joints_follows_the_checkpoint() -> None:
+def test_number_of_keypoints_follows_the_checkpoint() -> None:
     shapes = {
         name: [14 if s == 17 else 28 if s == 34 else s for s in shape]
         for name, shape in KEYS["petr-r50"].items()

@@ -276,7 +276,7 @@ def test_another_skeleton_starts_from_a_trained_model(tmp_path: Path, capsys: py
     recipe = small_recipe(tmp_path / "run", *sources, *validation, f"model.weights={start}", "model.options={}")
     output = train(recipe)
     said = capsys.readouterr().out
-    told = re.search(r"weights: .* of \d+ tensors \((\d+)\.\d% of the numbers\); .* start anew", said)
+    told = re.search(r"weights: .* of \d+ tensors \((\d+)\.\d% of the numbers\); .* keep their initial values", said)
     assert told is not None, said
     assert 70 < int(told.group(1)) < 100
     model = HPetrForPoseEstimation.from_pretrained(output)

@@ -96,10 +96,10 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
             found = _read_resnet(body, config, path)
         else:
             found = _read_folder(body, config, path if path.is_dir() else _download(place), place)
-        told = _fill(body, found)
+        summary = _fill(body, found)
     except InputError as error:
         raise InputError(f"backbone weights {place}: {str(error).removeprefix(f'{place}: ')}") from error
-    return told + _fill_prior(model)
+    return summary + _fill_prior(model)
 
 
 def _fill_prior(model: HPetrForPoseEstimation) -> str:
@@ -247,4 +247,4 @@ def copy_weights(start: HPetrForPoseEstimation, model: HPetrForPoseEstimation) -
         return f"all {len(ours)} tensors"
     prior = _fill_prior(model) if any(name.startswith("backbone.prior.") for name in new) else ""
     share = f"{copied / total:.1%} of the numbers"
-    return f"{len(fitting)} of {len(ours)} tensors ({share}); {new[0]} and such start anew{prior}"
+    return f"{len(fitting)} of {len(ours)} tensors ({share}); {new[0]} and such keep their initial values{prior}"

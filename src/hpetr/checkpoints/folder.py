@@ -1,4 +1,4 @@
-"""Checkpoint folders: find one, load it or say in one line what is wrong with it, and write one."""
+"""Find, load and write checkpoint folders; errors are one line each."""
 
 from __future__ import annotations
 
