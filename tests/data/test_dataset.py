@@ -217,7 +217,7 @@ def test_shares_of_the_image_are_not_pixels(tmp_path, content, key):
         scale = [40, 30, 1] * 3 if key == "keypoints" else [40, 30, 40, 30]
         if key in annotation:
             annotation[key] = [value / by for value, by in zip(annotation[key], scale, strict=True)]
-    with pytest.raises(InputError, match=rf"json: '{key}' of 2 of 2 people is within 1\.5 pixels .*, expected pixels"):
+    with pytest.raises(InputError, match=rf"json: '{key}' of 2 of 2 people lie within 1\.5 pixels .*, expected pixels"):
         open_dataset(write(tmp_path, content))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
+from hpetr.data.augment import RandomHorizontalFlip
 from hpetr.data.dataset import open_dataset
 from hpetr.poses.skeleton import COCO
 from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
@@ -182,13 +183,47 @@ def test_everything_switched_on(tmp_path: Path) -> None:
 
 
 def test_accumulated_images_are_those_of_one_batch(tmp_path: Path) -> None:
-    """Each image alone, or all together: the gradient's scale and the number of steps are the same."""
+    """One image twice, each alone or both together: the gradient's scale and the number of steps are the same."""
     norms = []
+    same = ["data.train.0.limit=1", "data.train.0.repeat=2", "augment.short_sides=[64]", "augment.flip=0"]
     for batch in (1, 2):
-        output = train(small_recipe(tmp_path / str(batch), f"train.batch_size={batch}", "train.epochs=0.5"))
-        line = json.loads((output / "log.jsonl").read_text().splitlines()[0])
-        norms.append(line["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=0.5)
+        settings = [*same, "augment.mosaic=0", f"train.batch_size={batch}", "train.epochs=1"]
+        lines = (train(small_recipe(tmp_path / str(batch), *settings)) / "log.jsonl").read_text().splitlines()
+        norms.append([json.loads(line)["grad_norm"] for line in lines if "grad_norm" in line])
+    assert len(norms[0]) == 1
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_without_flip_pairs_no_image_is_flipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rename(content: dict) -> None:
+        content["categories"][0]["keypoints"] = [f"point {index}" for index in range(17)]
+
+    def keep_sides(content: dict) -> None:
+        rename(content)
+        content["categories"][0]["flip_idx"] = list(range(17))
+
+    images = f"data.train.0.images={TINY.parent / 'images'}"
+    for change, is_flipped in ((rename, False), (keep_sides, True)):
+        data = changed_annotations(tmp_path / "data.json", change)
+        recipe = small_recipe(tmp_path / "run", f"data.train.0.annotations={data}", images)
+        opened, _, _ = open_training(recipe, print)
+        flips = [step for step in opened.transform.transforms if isinstance(step, RandomHorizontalFlip)]
+        assert len(flips) == is_flipped
+        line = "data.json: images are not flipped in training: no flip pairs, expected 'flip_idx' or left and right"
+        assert (line in capsys.readouterr().out) != is_flipped
+    # A second data set that gives the pairs of the same keypoints gives them to both.
+    both = [f"{{annotations: {path}, images: {TINY.parent / 'images'}}}" for path in (tmp_path / "plain.json", data)]
+    changed_annotations(tmp_path / "plain.json", rename)
+    _, _, skeleton = open_training(small_recipe(tmp_path / "run", f"data.train=[{', '.join(both)}]"))
+    assert skeleton.can_flip
+
+
+def test_more_epochs_on_resume(tmp_path: Path) -> None:
+    output = train(small_recipe(tmp_path / "run", "train.epochs=1"))
+    train(small_recipe(output, "train.epochs=1"), resume="auto")  # finished: nothing to do
+    train(small_recipe(output, "train.epochs=2"), resume="auto")
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_parameter_groups() -> None:

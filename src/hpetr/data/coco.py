@@ -289,7 +289,7 @@ def _arrays(
     corners = {"keypoints": keypoints[several, :, :2].max(axis=(1, 2)), "bbox": boxes[people].max(axis=1)}
     for key, furthest in corners.items():
         if (count := int((furthest <= CORNER).sum())) * 2 > len(furthest):
-            text = f"'{key}' of {count} of {len(furthest)} people is within {CORNER} pixels of the image's corner"
+            text = f"'{key}' of {count} of {len(furthest)} people lie within {CORNER} pixels of the image's corner"
             log.add("not pixels", str(path), f"{text}, expected pixels, not shares of the image's sides")
     return {
         "ids": ids[kept],
