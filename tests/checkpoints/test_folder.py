@@ -7,7 +7,9 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,33 @@ def test_nothing_is_read_as_something_else(
     with pytest.raises(InputError, match=message) as error:
         load_checkpoint(tmp_path / "folder", "cpu")
     assert "\n" not in str(error.value)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Drop root's rights to read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", ["folder", "config.json", "model.safetensors", "preprocessor_config.json"])
+def test_files_of_another_user(model: HPetrForPoseEstimation, closed: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o755)
+        folder = Path(temporary) / "folder"
+        save_checkpoint(model, HPetrImageProcessor(), folder)
+        path = folder if closed == "folder" else folder / closed
+        path.chmod(0)
+        with as_nobody(), pytest.raises(InputError, match="cannot be read|Permission denied") as error:
+            load_checkpoint(folder, "cpu")
+        path.chmod(0o755)
+    assert closed in str(error.value)
+    assert "ermission denied" in str(error.value)
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "toaster", ""])

@@ -90,9 +90,11 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | None) -> Path:
     if checkpoint is None or (str(checkpoint) == BUNDLED and not Path(BUNDLED).exists()):
         checkpoint = bundled_checkpoint()
     folder = Path(checkpoint)
-    if folder.is_dir():
+    if os.path.isdir(folder):
+        with one_line(f"{folder}: cannot be read (", ")"):
+            os.listdir(folder)
         return folder
-    found = "is a file" if folder.exists() else "no such folder"
+    found = "is a file" if os.path.exists(folder) else "no such folder"
     hint = "; `hpetr convert` makes one of an official .pth" if folder.suffix in {".pth", ".pt"} else ""
     raise InputError(f"{folder}: {found}, expected a checkpoint folder with {CONFIG} and {WEIGHTS}{hint}")
 
@@ -247,6 +249,8 @@ def _check_stored(folder: Path, config: HPetrConfig, files: Sequence[Path]) -> N
         expected = build_on_meta(config).state_dict()
     stored: dict[str, list[int]] = {}
     for file in files:
+        with one_line(f"{file}: cannot be read (", ")"):
+            file.open("rb").close()  # safetensors says of a file without permission that there is none
         with one_line(f"{file}: cannot be read, truncated? (", ")"), safe_open(file, framework="pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}
             stored |= {name: one.get_shape() for name, one in slices.items()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hpetr.checkpoints.folder import build_on_meta
 from hpetr.checkpoints.official_names import SIZES, UNFOLDED, is_official, is_weight, tensor_pairs
-from hpetr.errors import InputError
+from hpetr.errors import InputError, first_line
 from hpetr.model.config import HPetrConfig
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.presets import PRESETS
@@ -85,8 +86,8 @@ def read_official(path: Path) -> StateDict:
     Raises:
         InputError: the file is missing, truncated, holds pickled objects other than tensors, or no state dict.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):
+        found = "is a folder" if os.path.isdir(path) else "no such file"
         raise InputError(f"{path}: {found}, expected an official checkpoint (.pth)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # Group Pose's options; runs no code
@@ -96,6 +97,8 @@ def read_official(path: Path) -> StateDict:
             f"{path}: holds pickled objects other than tensors or is no checkpoint, expected a state dict; nothing "
             "in it was executed"
         ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
     except Exception as error:  # torch's reader raises any kind of error for a broken file
         raise InputError(f"{path}: cannot be read as a checkpoint (truncated?), expected a .pth file") from error
     state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
