@@ -21,7 +21,7 @@ from hpetr import HPetrConfig, HPetrForPoseEstimation, HPetrImageProcessor
 from hpetr.checkpoints.folder import save_checkpoint
 from training_runs import SMALL_MODEL
 
-SECONDS = 60.0  # until a process counts as hanging
+SECONDS = 600.0  # until a process counts as hanging, also on a busy machine
 
 
 def save_small_checkpoint(folder: Path, threshold: float, **config: Any) -> None:

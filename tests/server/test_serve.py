@@ -32,7 +32,7 @@ from hpetr.server.batching import Batcher, Job
 from hpetr.server.limits import Limits, Refusal, check_image
 from hpetr.server.run import HeadTimeout, listen, make_server
 from paths import ROOT
-from serving import ServerProcess, save_small_checkpoint
+from serving import SECONDS, ServerProcess, save_small_checkpoint
 
 IMAGE = ROOT / "examples" / "000000000785.jpg"
 LIMIT_MEGABYTES, LIMIT_PIXELS, QUEUE = 0.5, 400_000, 2
@@ -61,7 +61,7 @@ def end_with_a_request_inside(process: ServerProcess) -> None:
         process.wait_for(lambda: not process.accepts())
         connection.sendall(data)
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    assert process.process.wait(60) == 0
+    assert process.process.wait(SECONDS) == 0
     assert process.output().endswith("stopped\n")
 
 
@@ -369,12 +369,12 @@ class Gate:
         batcher.on_batch = self
         batcher.start()
         self.first = submit(batcher, encoded())
-        assert self.reached.wait(30)
+        assert self.reached.wait(SECONDS)
 
     def __call__(self, images: int, seconds: float) -> None:
         self.sizes.append(images)
         self.reached.set()
-        self.open.wait(30)
+        self.open.wait(SECONDS)
 
 
 def submit(batcher: Batcher, data: bytes, threshold: float = 0.0) -> Future[Any]:
@@ -393,7 +393,7 @@ def test_waiting_images_share_a_batch_when_they_need_no_padding(predictor: PoseP
     jobs = [submit(batcher, data) for pair in zip(wide, [*tall, wide[0], wide[1]], strict=True) for data in pair]
     broken = submit(batcher, encoded(48, 64)[:-300])
     gate.open.set()
-    batcher.close(60)
+    batcher.close(SECONDS)
     # The oldest and those like it; then the oldest of the rest; the broken one does not reach the network.
     assert gate.sizes == [1, 3, 2, 3]
     assert batcher.admitted == batcher.waiting == 0
@@ -411,7 +411,7 @@ def test_a_batch_is_bounded_in_pixels(predictor: PosePredictor) -> None:
     for _ in range(5):
         submit(batcher, encoded())
     gate.open.set()
-    batcher.close(60)
+    batcher.close(SECONDS)
     assert gate.sizes == [1, 2, 2, 1]
 
 
@@ -421,7 +421,7 @@ def test_each_of_a_batch_gets_its_threshold(predictor: PosePredictor) -> None:
     scores = predictor([encoded()])[0].scores
     jobs = [submit(batcher, encoded(), threshold) for threshold in (0.0, float(scores[2] + scores[3]) / 2, 1.0)]
     gate.open.set()
-    batcher.close(60)
+    batcher.close(SECONDS)
     assert gate.sizes == [1, 3]
     assert [len(job.result()) for job in jobs] == [10, 3, 0]
 
@@ -434,7 +434,7 @@ def test_a_cancelled_image_leaves_the_queue(predictor: PosePredictor) -> None:
     dropped.cancel()
     assert (batcher.waiting, batcher.admitted) == (2, 2)
     gate.open.set()
-    batcher.close(60)
+    batcher.close(SECONDS)
     assert gate.sizes == [1, 1, 1]
     assert len(kept.result()) == len(also_kept.result()) == 10
 
@@ -448,10 +448,10 @@ def test_a_failure_of_the_model_is_answered_and_the_next_batch_runs(predictor: P
     weights.data = torch.zeros(1)  # of a shape that no layer accepts
     failed = submit(batcher, encoded())
     with pytest.raises(RuntimeError):
-        failed.result(30)
+        failed.result(SECONDS)
     weights.data = saved
-    assert len(submit(batcher, encoded()).result(30)) == 10
-    batcher.close(60)
+    assert len(submit(batcher, encoded()).result(SECONDS)) == 10
+    batcher.close(SECONDS)
     assert not batcher.alive
 
 
@@ -485,14 +485,14 @@ class ServerThread:
 
     def send(self, data: bytes, announced: int | None = None) -> socket.socket:
         length = len(data) if announced is None else announced
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
         head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
         connection.sendall(head.encode() + data)
         return connection
 
 
 def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -508,7 +508,7 @@ def test_a_request_without_a_complete_head_ends(predictor: PosePredictor) -> Non
     """Neither a silent connection nor one that starts a second request keeps its place without limit."""
     with ServerThread(Service(predictor, "small", Limits(timeout=0.5))) as server:
         address = ("127.0.0.1", server.port)
-        with socket.create_connection(address, 60) as silent, socket.create_connection(address, 60) as second:
+        with socket.create_connection(address, SECONDS) as silent, socket.create_connection(address, SECONDS) as second:
             second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             while b"the model has stopped" not in second.recv(4096):
                 pass
@@ -562,18 +562,21 @@ def whole_answer(connection: socket.socket) -> str:
 
 
 def test_clients_that_leave_or_wait_too_long_are_out_of_the_queue(predictor: PosePredictor) -> None:
-    service = Service(predictor, "small", Limits(timeout=3))
+    service = Service(predictor, "small", Limits(timeout=SECONDS))
     gate = Gate(service.batcher)  # the model is busy from here on
     with ServerThread(service) as server:
-        gone, late = server.send(encoded()), server.send(encoded())
-        until(lambda: service.batcher.waiting == 2)
-        gone.close()
+        gone = server.send(encoded())
         until(lambda: service.batcher.waiting == 1)
+        gone.close()
+        until(lambda: service.batcher.waiting == 0)
+        service.limits = Limits(timeout=3)
+        late = server.send(encoded())
         answer = whole_answer(late)
         assert answer.startswith("HTTP/1.1 504")
         assert "the poses were not ready within 3 s" in answer
         assert (service.batcher.waiting, service.batcher.admitted) == (0, 0)
         late.close()
+        service.limits = Limits(timeout=SECONDS)
         gate.open.set()
         with server.send(encoded()) as third:
             assert third.recv(4096).startswith(b"HTTP/1.1 200")

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from playwright.sync_api import sync_playwright
 
 from paths import EXAMPLES
-from serving import ServerProcess, save_small_checkpoint
+from serving import SECONDS, ServerProcess, save_small_checkpoint
 
 IMAGE = EXAMPLES / "000000000785.jpg"
 NAMES = (
@@ -35,7 +35,7 @@ NAMES = (
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # with the permission to use it
 # Chromium sends requests to servers of its makers.
 ALONE = ["--disable-quic", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-MILLISECONDS = 60_000
+MILLISECONDS = 600_000
 
 
 def find_chromium() -> str | None:
@@ -59,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with ServerProcess("--checkpoint", folder, "--max-megabytes", 2) as process:
         yield process
         process.process.send_signal(signal.SIGINT)
-        assert process.process.wait(60) == 0
+        assert process.process.wait(SECONDS) == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Numbers that stay with their people, and keypoints that rest when they do."""
+"""Track numbers that stay with their people, and keypoints without jitter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tracker(**options: float) -> PoseTracker:
 
 
 def crossing(noise: float) -> Iterator[tuple[float, PoseResult, list[int]]]:
-    """Four seconds of two people who walk through each other; whose pose comes first changes all the time."""
+    """Yield four seconds of two people who walk through each other, in random order in every frame."""
     rng = np.random.default_rng(0)
     for frame in range(100):
         corners = [(100 + 8.0 * frame, 200.0), (900 - 8.0 * frame, 212.0)]
@@ -64,7 +64,7 @@ def test_people_who_cross_keep_their_numbers(noise: float) -> None:
     assert tracking.count == 2
 
 
-def test_somebody_hidden_comes_back_with_the_same_number_where_the_way_led() -> None:
+def test_a_hidden_person_keeps_the_number_along_the_predicted_path() -> None:
     tracking = tracker()
     for frame in range(10):
         first = tracking.update(poses([(100 + 10 * frame, 200)], [0.9]), frame / RATE)
@@ -73,14 +73,14 @@ def test_somebody_hidden_comes_back_with_the_same_number_where_the_way_led() -> 
     assert tracking.update(poses([(100 + 10 * 25, 200)], [0.9]), 25 / RATE).tolist() == first.tolist()
 
 
-def test_somebody_back_after_the_patience_is_somebody_new() -> None:
+def test_a_person_back_after_the_patience_gets_a_new_number() -> None:
     tracking = tracker(patience=0.5)
     tracking.update(poses([(100, 200)], [0.9]), 0.0)
     assert tracking.update(poses([(100, 200)], [0.9]), 0.6).tolist() == [2]
 
 
-def test_time_counts_not_frames() -> None:
-    """Ten frames missing, as a live source drops them, and the way goes on by the clock."""
+def test_tracks_follow_time_not_frames() -> None:
+    """The prediction spans ten missing frames, as a live source drops them."""
     tracking = tracker()
     for frame in (0, 1, 2, 3, 13, 14, 30):
         numbers = tracking.update(poses([(100 + 10 * frame, 200)], [0.9]), frame / RATE)
@@ -96,7 +96,7 @@ def test_doubtful_poses_continue_a_track_and_begin_none() -> None:
     assert tracking.update(poses([(110, 200), (102, 200)], [0.9, 0.2]), 0.12).tolist() == [1, UNTRACKED]
 
 
-def test_far_away_is_somebody_else() -> None:
+def test_a_person_far_away_gets_another_number() -> None:
     tracking = tracker()
     tracking.update(poses([(100, 200)], [0.9]), 0.0)
     assert tracking.update(poses([(500, 200)], [0.9]), 0.04).tolist() == [2]

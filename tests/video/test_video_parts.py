@@ -57,13 +57,13 @@ def test_queue_of_a_file_gives_full_batches_and_loses_nothing() -> None:
         assert [frame.index for frame in take_all(frames, 8)] == list(range(7, 100))
         assert source.dropped == 0
         assert not source.closed.is_set()
-    assert source.closed.wait(5)
+    assert source.closed.wait(600)
 
 
 def test_queue_of_a_live_source_keeps_the_newest_and_all_sound() -> None:
     source = Counting(100, live=True)
     with FrameQueue(source, capacity=3) as frames:
-        assert source.given.wait(5)
+        assert source.given.wait(600)
         taken = take_all(frames, 2)
     assert [frame.index for frame in taken] == [97, 98, 99]
     assert source.dropped == 97
@@ -86,7 +86,7 @@ def test_closing_a_queue_ends_a_thread_that_waits_for_room() -> None:
     source = Counting(100, live=False)
     with FrameQueue(source, capacity=2):
         pass
-    assert source.closed.wait(5)
+    assert source.closed.wait(600)
 
 
 @pytest.mark.parametrize(
