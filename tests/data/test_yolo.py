@@ -205,6 +205,8 @@ def test_wrong_labels_name_file_and_line(tmp_path, line, words):
         ({"sigmas": [None, 0.1]}, "numbers in 'sigmas'"),
         ({"skeleton": [[0, 2]]}, r"'skeleton' has \[0, 2\], expected pairs of different indices in 0\.\.1"),
         ({"skeleton": [0, 1]}, "'skeleton' has 0, expected pairs"),
+        ({"skeleton": [[0, 1, 1]]}, r"'skeleton' has \[0, 1, 1\], expected pairs"),
+        ({"skeleton": [[[0], [1]]]}, r"'skeleton' has \[\[0\], \[1\]\], expected pairs"),
         ({"train": "elsewhere"}, "'train': no folder or .txt"),
         ({"train": 3}, "'train' is 3"),
         ({"train": False}, "'train' is False"),

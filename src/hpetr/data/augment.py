@@ -1,4 +1,4 @@
-"""Augmentation: callables `(sample, rng) -> sample` that leave the sample they get as it is.
+"""Augmentation: callables `(sample, rng) -> sample` that do not modify their argument.
 
 Every random choice comes from the generator given, so a sample and a seed give the same result in any process.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
-from hpetr.data.sample import Sample, move_labels
+from hpetr.data.sample import LABEL_FIELDS, Sample, move_labels
 from hpetr.errors import InputError
 from hpetr.images.pixels import IMAGENET_MEAN, keep_ratio_size, resize_image
 
@@ -28,7 +28,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Compose:
-    """One transform after the other."""
+    """Apply one transform after the other."""
 
     transforms: Sequence[Transform]
 
@@ -40,7 +40,7 @@ class Compose:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of the transforms, each as likely as any other."""
+    """Apply one of the transforms, chosen with equal probability."""
 
     transforms: Sequence[Transform]
 
@@ -76,7 +76,7 @@ def _resize(sample: Sample, height: int, width: int) -> Sample:
 
 @dataclass(frozen=True)
 class KeepRatioResize:
-    """The processor's resize: the largest scale with the short side at most `short`, the long side at most `long`."""
+    """Resize as the processor does: the largest scale with short side at most `short`, long side at most `long`."""
 
     short: int
     long: int
@@ -88,7 +88,7 @@ class KeepRatioResize:
 
 @dataclass(frozen=True)
 class RandomResize:
-    """`KeepRatioResize` to one of `short_sides` (a list, or a `range`), long side at most `long_side`."""
+    """Resize to one of `short_sides` (a list, or a `range`), long side at most `long_side`; see `KeepRatioResize`."""
 
     short_sides: Sequence[int]
     long_side: int
@@ -102,12 +102,12 @@ class RandomResize:
 class RandomCropResize:
     """Resize, cut out a rectangle at a random place, and resize that.
 
-    The cut may hold nobody: it then shows background.
+    A cut without people shows background.
 
     Args:
         first: before the cut.
         second: after the cut.
-        crop_height: smallest and largest height of the cut in pixels, drawn evenly; the image's where that is less.
+        crop_height: smallest and largest height of the cut in pixels, drawn evenly; at most the image's.
         crop_width: likewise.
     """
 
@@ -132,10 +132,10 @@ def _random_span(side: int, sizes: tuple[int, int], rng: np.random.Generator) ->
 
 
 def mosaic(samples: Sequence[Sample], fill: tuple[float, float, float]) -> Sample:
-    """Four images in one, two by two: what teaches crowds and small people where most images show one person.
+    """Join four images, two by two, to show crowds and small people in data of mostly single people.
 
-    Every image is resized to the mean of their long sides and lies in the middle of its square cell; with `fill`, RGB
-    in 0..255, around it. The name and the id are the first one's.
+    Every image is resized to the mean of their long sides and centered in its square cell, filled with `fill`, RGB in
+    0..255. Path and id are the first one's.
     """
     side = round(float(np.mean([max(sample.image.shape[:2]) for sample in samples])))
     canvas = np.full((2 * side, 2 * side, 3), np.rint(fill), dtype=np.uint8)
@@ -147,15 +147,8 @@ def mosaic(samples: Sequence[Sample], fill: tuple[float, float, float]) -> Sampl
         left, top = place % 2 * side + (side - width) // 2, place // 2 * side + (side - height) // 2
         canvas[top : top + height, left : left + width] = resized.image
         parts.append(move_labels(resized, canvas, np.array([[1.0, 0, left], [0, 1, top]])))
-    return replace(
-        samples[0],
-        image=canvas,
-        keypoints=np.concatenate([part.keypoints for part in parts]),
-        boxes=np.concatenate([part.boxes for part in parts]),
-        areas=np.concatenate([part.areas for part in parts]),
-        class_labels=np.concatenate([part.class_labels for part in parts]),
-        ignore_boxes=np.concatenate([part.ignore_boxes for part in parts]),
-    )
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in LABEL_FIELDS}
+    return replace(samples[0], image=canvas, **joined)
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ class RandomAffine:
         rotation: largest angle in degrees, either way.
         shear: largest angle in degrees, either way, along x and along y.
         scale: smallest and largest scale.
-        fill: RGB of what comes from outside the image, 0..255; the mean of ImageNet, which normalizes to about 0.
+        fill: RGB of pixels from outside the image, 0..255; the mean of ImageNet, which normalizes to about 0.
     """
 
     rotation: float = 30.0
@@ -193,16 +186,15 @@ class RandomAffine:
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """Brightness, contrast, saturation, hue and the order of the channels, each with probability one half.
+    """Change brightness, contrast, saturation, hue and the order of the channels, each with probability one half.
 
-    Contrast comes, evenly, before or after saturation and hue. The result is rounded to uint8 and cut off at 0 and
-    255.
+    Contrast comes, evenly, before or after saturation and hue. The result is rounded to uint8 and clipped to 0..255.
 
     Args:
         brightness: largest change of a pixel, in 0..255.
         contrast: smallest and largest factor on the pixels.
         saturation: smallest and largest factor on the saturation.
-        hue: largest turn in degrees.
+        hue: largest rotation in degrees.
         swap_channels: probability of a random order of the channels.
     """
 
@@ -230,7 +222,7 @@ class PhotometricDistortion:
             table = (levels * np.float32(before)).clip(min=0)
             # (H, W, 3) float32 up to the last step: values beyond 255 must survive until then.
             image = _turn_hue(cv2.LUT(sample.image, table), turn, saturation)
-            image = cv2.addWeighted(image, after, image, 0, 0, dtype=cv2.CV_8U)  # the product, rounded and cut off
+            image = cv2.addWeighted(image, after, image, 0, 0, dtype=cv2.CV_8U)  # the product, rounded and clipped
         if (order != np.arange(3)).any():
             image = cv2.transform(image, np.eye(3)[order])  # a permutation matrix is the fastest way
         return replace(sample, image=image)
@@ -239,6 +231,6 @@ class PhotometricDistortion:
 def _turn_hue(image: np.ndarray, turn: float, saturation: float) -> np.ndarray:
     """Add `turn` degrees to the hue and multiply the saturation of (H, W, 3) float32 RGB, which is overwritten."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV, dst=image)  # hue 0..360, saturation 0..1, value
-    # OpenCV takes hues beyond 360 as they are meant, but not negative ones.
+    # OpenCV wraps hues beyond 360, but not negative ones.
     hsv = cv2.transform(hsv, np.array([[1, 0, 0, turn % 360], [0, saturation, 0, 0], [0, 0, 1, 0]]))
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)

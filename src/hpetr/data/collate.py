@@ -1,4 +1,4 @@
-"""Samples to a training batch."""
+"""Training batches of samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from hpetr.data.sample import Sample
+from hpetr.data.sample import LABEL_FIELDS, Sample
 from hpetr.images.pixels import IMAGENET_MEAN, IMAGENET_STD, batch_side
 from hpetr.model.image_processor import HPetrImageProcessor
 
@@ -21,8 +21,8 @@ from hpetr.model.image_processor import HPetrImageProcessor
 class PoseCollator:
     """Put the images of B samples into one batch, padded as the processor does, and make tensors of their labels.
 
-    The pixels stay bytes: from worker processes and to a device they travel at a quarter of the size of floats.
-    `normalize` makes there what a model takes.
+    The pixels stay bytes: they are copied between processes and to a device at a quarter of the size of floats, and
+    `normalize` converts them there.
 
     Args:
         image_mean, image_std, pad_size_divisor: see `HPetrImageProcessor`; `from_processor` takes them from one.
@@ -31,7 +31,7 @@ class PoseCollator:
         dict with `pixel_values` (B, 3, H, W) uint8, 0 on padding, `pixel_mask` (B, H, W) bool, true on the image, and
         `labels`, a list of B dicts of tensors, in pixels of the image before padding: `keypoints` (n, K, 3) x, y,
         visibility; `boxes` (n, 4) x1, y1, x2, y2; `areas` (n,); `class_labels` (n,) int64; `ignore_boxes` (m, 4).
-        `images` is a list of B pairs of image id and path, which no device gets to see.
+        `images` is a list of B pairs of image id and path, which stay on the host.
     """
 
     image_mean: Sequence[float] = IMAGENET_MEAN
@@ -40,7 +40,7 @@ class PoseCollator:
 
     @classmethod
     def from_processor(cls, processor: HPetrImageProcessor) -> PoseCollator:
-        """A collator with the processor's normalization and padding."""
+        """Return a collator with the processor's normalization and padding."""
         return cls(processor.image_mean, processor.image_std, processor.pad_size_divisor)
 
     def __call__(self, samples: Sequence[Sample]) -> Any:
@@ -48,7 +48,7 @@ class PoseCollator:
         return packed if get_worker_info() is not None else packed.batch()
 
     def normalize(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 and (B, H, W) of a batch -> (B, 3, H, W) float32, 0 on padding, on their device.
+        """Return (B, 3, H, W) float32, 0 on padding, of a batch's (B, 3, H, W) uint8 and (B, H, W), on their device.
 
         Equal to the processor's within float32's rounding.
         """
@@ -61,9 +61,9 @@ class PoseCollator:
 
 @dataclass(frozen=True)
 class _Packed:
-    """The arrays of a batch. A worker process of a DataLoader sends them; unpickled, they are the batch.
+    """The arrays of a batch, which a worker process of a DataLoader sends; unpickled, they are the batch.
 
-    Tensors would travel through shared memory, one file descriptor each.
+    Tensors would be sent through shared memory, one file descriptor each.
     """
 
     pixels: np.ndarray  # (B, 3, H, W) uint8
@@ -81,8 +81,7 @@ class _Packed:
                 plane[:h, :w] = channel
             planes[:, h:] = 0
             planes[:, :h, w:] = 0
-        fields = ("keypoints", "boxes", "areas", "class_labels", "ignore_boxes")
-        labels = [{name: getattr(sample, name) for name in fields} for sample in samples]
+        labels = [{name: getattr(sample, name) for name in LABEL_FIELDS} for sample in samples]
         return cls(pixels, sizes, labels, [(sample.image_id, str(sample.path)) for sample in samples])
 
     def batch(self) -> dict[str, Any]:

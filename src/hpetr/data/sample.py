@@ -1,4 +1,4 @@
-"""One image with its labels, and the one way to move labels when the image moves."""
+"""An image with its labels, and the affine map of labels with their image."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+LABEL_FIELDS = ("keypoints", "boxes", "areas", "class_labels", "ignore_boxes")
+
 
 @dataclass
 class Sample:
     """An image and its n people. Coordinates are pixels of `image`: x in 0..W, y in 0..H, 0 at the image's edge.
 
-    A keypoint that is not labelled is 0, 0, 0, and one that nobody can see 0, 0, -1. `ignore_boxes` hold crowds and
-    people without labelled keypoints: they are neither people to find nor background.
+    A keypoint that is not labelled is 0, 0, 0, and one that is known to be invisible 0, 0, -1. `ignore_boxes` hold
+    crowds and people without labelled keypoints: they are neither people to find nor background.
     """
 
     image: np.ndarray  # (H, W, 3) uint8 RGB
@@ -27,11 +29,11 @@ class Sample:
 
 
 def move_labels(sample: Sample, image: np.ndarray, matrix: np.ndarray) -> Sample:
-    """The sample with `image`, an image made from its own by an affine map, and the labels moved with it.
+    """Return the sample with a new image, made from its own by an affine map, and the labels mapped with it.
 
-    Keypoints outside the new image become unlabelled and people left without any are dropped; boxes become the
-    extent of their moved corners, clipped to the image, and ignored boxes left without extent are dropped; areas
-    scale with the map's area.
+    Keypoints outside the new image become unlabelled and people without any are dropped; boxes become the extent of
+    their mapped corners, clipped to the image, and ignored boxes without extent are dropped; areas scale with the
+    map's area.
 
     Args:
         sample: the image and labels before the map.

@@ -178,7 +178,8 @@ def read_yolo_config(path: str | os.PathLike[str], images: str | os.PathLike[str
     shared: dict[str, Any] = {}
     edges = _get(path, values, "skeleton", list, "pairs of keypoint indices", [])
     for edge in edges:
-        if not isinstance(edge, list) or len(set(edge)) != 2 or not set(edge) <= set(range(num_keypoints)):
+        valid = isinstance(edge, list) and len(edge) == 2 and edge[0] != edge[1]
+        if not valid or not all(type(index) is int and 0 <= index < num_keypoints for index in edge):
             expected = f"expected pairs of different indices in 0..{num_keypoints - 1}"
             raise InputError(f"{path}: 'skeleton' has {short(edge)}, {expected}")
     if edges:

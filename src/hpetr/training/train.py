@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,7 +69,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
     trainer, checkpoint = processes.together(lambda: prepare(recipe, resume))
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with own_folder(recipe.output, active=trainer.args.should_save), _errors_of_one_process():
+    with own_folder(recipe.output, active=trainer.args.should_save):
         if trainer.args.should_save:
             clear_unfinished(recipe.output)
             restore_log(recipe.output, checkpoint)
@@ -85,8 +83,14 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
                 trainer.evaluate()
             return _finish(trainer, recipe)
         except KeyboardInterrupt as error:
-            clear_unfinished(recipe.output)
+            if trainer.args.should_save:
+                clear_unfinished(recipe.output)
             raise error if isinstance(error, Interrupted) else Interrupted(recipe.output, signal.SIGINT) from None
+        except InputError as error:
+            # The message of a process that loads images has its traceback in front.
+            problem = InputError(str(error).rsplit("InputError: ", 1)[-1].strip())
+            problem.alone = True
+            raise problem from error
 
 
 def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Path | None]:
@@ -337,14 +341,3 @@ def _finish(trainer: PoseTrainer, recipe: Recipe) -> Path:
         write_report(recipe.output, recipe, trainer.data.datasets, trainer.val, samples)
     trainer.accelerator.wait_for_everyone()
     return recipe.output
-
-
-@contextmanager
-def _errors_of_one_process() -> Iterator[None]:
-    """Mark errors during the run as one process's own; of a loading process's traceback keep the sentence."""
-    try:
-        yield
-    except InputError as error:
-        problem = InputError(str(error).rsplit("InputError: ", 1)[-1].strip())
-        problem.alone = True
-        raise problem from error
