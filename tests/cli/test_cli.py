@@ -236,7 +236,9 @@ def test_convert_to_official_and_back(tmp_path: Path) -> None:
     save_checkpoint(model, HPetrImageProcessor(), tmp_path / "own")
     forth = hpetr("convert", tmp_path / "own", "--to-official", tmp_path / "official.pth")
     assert forth.exit_code == 0, forth.output
-    back = ("convert", tmp_path / "official.pth", "--preset", "petr-r50", "--output", tmp_path / "back")
+    wrong = hpetr("convert", tmp_path / "official.pth", "--preset", "h-petr-r50", "--output", tmp_path / "back")
+    assert_bad_input(wrong, "official.pth: ")
+    back = ("convert", tmp_path / "official.pth", "--output", tmp_path / "back")  # the preset is found by the tensors
     assert hpetr(*back).exit_code == 0
     again, processor = load_checkpoint(tmp_path / "back", "cpu")
     assert processor.size == {"shortest_edge": 800, "longest_edge": 1333}

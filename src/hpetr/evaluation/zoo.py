@@ -1,4 +1,4 @@
-"""The official checkpoints: which model a file is of, and whether its figures are the published ones."""
+"""Official checkpoints beside the published metrics."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PublishedAP:
     """Keypoint AP in 0..1 on COCO val2017, or on CrowdPose's test images.
 
     Attributes:
-        official: what the official runs report.
-        petr_zoo: what PETR's own model zoo reports of its file of this model, where it has one.
-        flip_test: what is reported with a flip test, where it is.
+        official: of the official runs.
+        petr_zoo: of PETR's own model zoo for its file of this model, or None.
+        flip_test: of the official run with a flip test, or None.
     """
 
     official: float
@@ -64,26 +64,26 @@ class ZooScore:
 
     @property
     def published(self) -> float | None:
-        """The AP to compare with; None where none is published with a flip test."""
+        """The AP to compare with; None if none is published with a flip test."""
         published = PUBLISHED[self.preset]
         return published.flip_test if self.result.flip_test else published.official
 
     @property
     def difference(self) -> float | None:
-        """AP minus the published one; None without one, or where there was nobody to find."""
+        """AP minus the published one; None without one, or if the data have no person to find."""
         ap = self.result.metrics["AP"]
         return None if self.published is None or ap < 0 else ap - self.published
 
 
 @dataclass(frozen=True)
 class ZooResult:
-    """The evaluated checkpoints, and of the others the path and what kept them out."""
+    """The evaluated checkpoints, and the paths of the others with the reasons."""
 
     scores: list[ZooScore]
     left_out: list[tuple[Path, str]]
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write all figures as JSON, with `about` in front.
+        """Write all metrics as JSON, with `about` in front.
 
         Raises:
             InputError: the file cannot be written.
@@ -104,7 +104,7 @@ class ZooResult:
 
 
 def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The `.pth` files and checkpoint folders directly in a folder, by name.
+    """Return the `.pth` files and checkpoint folders directly in a folder, by name.
 
     Raises:
         InputError: there is no such folder, or none of either in it.
