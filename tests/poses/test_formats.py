@@ -173,6 +173,24 @@ def test_coco_results_keep_the_scores(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["unreadable"] == [{"file_name": "b.jpg", "reason": "broken"}]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_classes_beyond_the_names_get_one(tmp_path: Path, form: str) -> None:
+    results = [replace(result, labels=result.labels + 1) for result in made_results(tmp_path / "images")]  # up to 2
+    path = write_format(form, results, CLASSES, tmp_path / "out")
+    if form in ("coco-labels", "yolo"):
+        dataset = open_dataset(path, **({"split": "train"} if form == "yolo" else {"images": tmp_path / "images"}))
+        assert dataset.class_names == [*CLASSES, "class_2"]
+        assert sorted(label for sample in dataset for label in sample.class_labels) == [1, 1, 1, 2]
+    else:
+        files = [path] if path.is_file() else path.iterdir()
+        assert any("class_2" in file.read_text() for file in files)
+    with pytest.raises(InputError, match="a pose has label 4000000000, expected one of the 2 classes"):
+        write_format(
+            form, [replace(results[0], labels=results[0].labels + 4_000_000_000 - 2)], CLASSES, tmp_path / "no"
+        )
+    assert not (tmp_path / "no").exists()
+
+
 def test_labels_at_the_border_have_a_box_within_the_image(tmp_path: Path) -> None:
     result = made_results(tmp_path)[1]
     corner = replace(result, keypoints=np.broadcast_to(np.float32([640, 425]), (1, 3, 2)))

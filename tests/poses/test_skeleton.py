@@ -1,6 +1,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 
 from hpetr.errors import InputError
@@ -159,3 +160,14 @@ def test_unknown_mirror_pairs_differ_from_none():
     assert unknown.difference(pair) is None
     assert pair.difference(unknown) is None
     assert pair.difference(identity) == "the mirror image of 'a' is 'b' and 'a'"
+
+
+def test_numpy_numbers_are_numbers():
+    category = {"keypoints": ["a", "b"], "skeleton": np.array([[1, 2]]).tolist(), "flip_idx": list(np.array([1, 0]))}
+    skeleton = Skeleton.from_coco_category({**category, "sigmas": np.array([0.1, 0.2])})
+    direct = Skeleton(
+        ("a", "b"), ((np.int64(0), np.int64(1)),), ((np.int64(0), np.int64(1)),), tuple(np.array([0.1, 0.2]))
+    )
+    assert skeleton == direct == Skeleton.from_dict(json.loads(json.dumps(direct.to_dict())))
+    with pytest.raises(InputError, match="expected a list of 2 keypoint indices"):
+        flip_pairs_of([True, False], 2)

@@ -70,7 +70,7 @@ def draw_poses(
     style = style or DrawingStyle()
     scene = image.copy()
     labels = [f"{score:.2f}" for score in scores]
-    ids = range(len(scores)) if track_ids is None else track_ids.tolist()
+    ids = range(len(scores)) if track_ids is None else np.asarray(track_ids).tolist()
     if track_ids is not None:
         labels = [f"{number}: {label}" for number, label in zip(ids, labels, strict=True)]
     colors = [person_color(number) for number in ids]

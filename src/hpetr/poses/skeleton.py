@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Integral
 from typing import Any
 
 from hpetr.errors import InputError
@@ -100,9 +101,9 @@ class Skeleton:
         """Return plain lists, for JSON and YAML; `from_dict` reads them back."""
         return {
             "names": list(self.names),
-            "edges": [list(edge) for edge in self.edges],
-            "flip_pairs": [list(pair) for pair in self.flip_pairs],
-            "sigmas": list(self.sigmas),
+            "edges": [list(map(int, edge)) for edge in self.edges],
+            "flip_pairs": [list(map(int, pair)) for pair in self.flip_pairs],
+            "sigmas": list(map(float, self.sigmas)),
             **({} if self.can_flip else {"can_flip": False}),
         }
 
@@ -196,7 +197,7 @@ def flip_pairs_of(flip_index: Any, num_keypoints: int) -> tuple[tuple[int, int],
     Raises:
         InputError: it is not K whole numbers, or more than two keypoints change places.
     """
-    if not isinstance(flip_index, (list, tuple)) or not all(type(index) is int for index in flip_index):
+    if not isinstance(flip_index, (list, tuple)) or not all(map(_is_whole, flip_index)):
         raise InputError(f"'flip_idx' is {flip_index!r}, expected a list of {num_keypoints} keypoint indices")
     if len(flip_index) != num_keypoints:
         raise InputError(f"'flip_idx' has {len(flip_index)} entries, expected {num_keypoints}, one for each keypoint")
@@ -209,13 +210,17 @@ def flip_pairs_of(flip_index: Any, num_keypoints: int) -> tuple[tuple[int, int],
                 f"'flip_idx' maps keypoint {index} to {mirrored} but {mirrored} to {flip_index[mirrored]}, "
                 "expected two keypoints to change places or a keypoint to stay itself"
             )
-    return tuple((index, mirrored) for index, mirrored in enumerate(flip_index) if index < mirrored)
+    return tuple((index, int(mirrored)) for index, mirrored in enumerate(flip_index) if index < mirrored)
 
 
 def unpaired_sides(skeleton: Skeleton) -> list[str]:
     """Return the names with a side (see `Skeleton.from_coco_category`) whose keypoint has no flip pair."""
     paired = {index for pair in skeleton.flip_pairs for index in pair}
     return [name for index, name in enumerate(skeleton.names) if index not in paired and _side(name) is not None]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_pairs(field: str, pairs: Sequence[tuple[int, ...]], allowed: range) -> None:
