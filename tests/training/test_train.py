@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
 from hpetr.data.augment import RandomHorizontalFlip
+from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import open_dataset
 from hpetr.poses.skeleton import COCO
 from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
 from hpetr.training.optimizer import parameter_groups, schedule_factor
 from hpetr.training.recipe import DataSource
 from hpetr.training.train import open_training, train
+from hpetr.training.trainer import _ignore_signals
 from training_runs import PUBLISHED_DESIGN, TINY, small_recipe
 
 
@@ -262,6 +265,21 @@ def test_images_follow_from_seed_epoch_and_place() -> None:
     np.testing.assert_array_equal(first.keypoints, other[Draw(0, 0)].keypoints)
     assert not np.array_equal(first.keypoints, other[Draw(1, 0)].keypoints)
     assert not np.array_equal(first.keypoints, training_set(1)[Draw(0, 0)].keypoints)
+
+
+def test_spawned_workers_give_the_same_batches() -> None:
+    """Windows and macOS start the workers anew: everything that they need is pickled."""
+    recipe = small_recipe(Path("unused"))
+    data, collator = training_set(0, repeat=1), PoseCollator.from_processor(recipe.processor.build())
+    sampler = EpochSampler(data, 2, 0, bucketing=True)
+    loaders = [
+        DataLoader(data, 4, sampler=sampler, collate_fn=collator, **options)
+        for options in ({}, {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals})
+    ]
+    (expected,), (batch,) = (list(loader) for loader in loaders)
+    assert batch["images"] == expected["images"]
+    assert batch["pixel_values"].equal(expected["pixel_values"])
+    assert all(a["keypoints"].equal(b["keypoints"]) for a, b in zip(batch["labels"], expected["labels"], strict=True))
 
 
 def test_an_epoch_sees_every_image_and_whole_steps() -> None:

@@ -120,6 +120,50 @@ def test_a_sharded_run_learns_what_a_whole_one_does_and_goes_on(recipe_file: Pat
         assert torch.equal(sharded[name], again[name]), name
 
 
+STOPPED = """
+import os
+import signal
+import sys
+
+from hpetr.inference import processes
+from hpetr.training.recipe import load_recipe
+from hpetr.training.run import Interrupted
+from hpetr.training.train import train
+from hpetr.training.trainer import PoseTrainer
+
+step = PoseTrainer.training_step
+
+
+def training_step(self, *args, **kwargs):
+    if processes.rank() == 1 and self.state.global_step == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args, **kwargs)
+
+
+PoseTrainer.training_step = training_step
+processes.join(training=True)
+try:
+    train(load_recipe(sys.argv[1], ["train.epochs=10"]))
+except Interrupted as stop:
+    print(f"process {processes.rank()} received {stop.signal}", flush=True)
+"""
+
+
+def test_all_processes_stop_after_the_same_step(recipe_file: Path, tmp_path: Path) -> None:
+    """The signal comes to one of two in the first step; both know of it at the end of the second."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(recipe_file)], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert sorted(line for line in result.stdout.splitlines() if line.startswith("process")) == [
+        "process 0 received 15",
+        "process 1 received 15",
+    ]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_bad_input_is_one_line_of_all_processes(recipe_file: Path) -> None:
     result = torchrun(2, recipe_file, "train.total_batch_size=3")
     assert result.returncode != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -131,9 +132,10 @@ class StopOnSignal(TrainerCallback):
 
     def receive(self, number: int, frame: Any) -> None:
         """Note a signal. torchrun repeats those of the terminal, so several processes ignore further ones."""
-        if not self.number:
-            self.number = number
-            say("stopping after this step ...")
+        if not self.number and processes.rank() == 0:
+            with suppress(OSError):
+                os.write(2, b"stopping after this step ...\n")  # print cannot be called while it prints
+        self.number = number
         if processes.count() == 1:
             self.restore()
 
