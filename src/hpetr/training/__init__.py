@@ -1,1 +1,1 @@
-"""The parts of a training run: what it reads (`data`), how it steps (`optimizer`, `trainer`), its folder (`run`)."""
+"""Training by recipes: images (`data`), steps (`optimizer`, `trainer`), the run's folder (`run`), `report`."""

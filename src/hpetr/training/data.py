@@ -75,7 +75,7 @@ class TrainingSet(Dataset[Sample]):
         datasets: the images.
         sources: the recipe's entry of each data set.
         transform: the augmentation of an image.
-        mosaics: share of the turns in which an image shares its place with three others.
+        mosaics: share of images that are joined with three others in a mosaic.
         fill: RGB in 0..255 between the images of a mosaic.
     """
 

@@ -51,12 +51,12 @@ class DataSource(Strict):
     area_of_box: float | None = Field(default=None, gt=0, description="area of a person = this share of its box")
     limit: int | None = Field(default=None, ge=1, description="the first images only")
     only_with_people: bool = Field(
-        default=False, description="leave out images where nobody is annotated, as the published runs do"
+        default=False, description="leave out images without annotations, as the published runs do"
     )
     repeat: int = Field(default=1, ge=1, description="how often an epoch sees each image")
     unlabelled: Literal["unknown", "absent"] = Field(
         default="unknown",
-        description="what a joint without label says to a model with keypoint_scores: nothing, or that nobody sees it",
+        description="meaning of a keypoint without label for a model with keypoint_scores: unknown, or not visible",
     )
 
 
@@ -69,7 +69,7 @@ class DataRecipe(Strict):
 
 
 class SideRange(Strict):
-    """Every whole number of pixels from one to the other, both included."""
+    """All whole numbers of pixels in a range, both ends included."""
 
     first: int = Field(ge=32, alias="from")
     last: int = Field(ge=32, alias="to")
@@ -81,7 +81,7 @@ class SideRange(Strict):
         return self
 
 
-# The tags pick one of the two by the value's form, so that an error speaks of that one alone.
+# The tags choose one of the two by the value's form, so that an error describes that one alone.
 _SIDE_TAGS = ("list of pixels", "from and to")
 Sides = Annotated[
     Annotated[list[int], Field(min_length=1), Tag(_SIDE_TAGS[0])] | Annotated[SideRange, Tag(_SIDE_TAGS[1])],
@@ -100,7 +100,7 @@ class AugmentRecipe(Strict):
     rotation: float = Field(default=0.0, ge=0, le=180, description="degrees, either way")
     shear: float = Field(default=0.0, ge=0, lt=90, description="degrees, either way, along x and along y")
     photometric: bool = False
-    mosaic: float = Field(default=0.0, ge=0, le=1, description="share of the turns that show four images in one")
+    mosaic: float = Field(default=0.0, ge=0, le=1, description="share of images joined with three others")
 
 
 class ProcessorRecipe(Strict):
@@ -134,11 +134,11 @@ class TrainRecipe(Strict):
         description="images that go through the network together in a process; gradients accumulate up to the total",
     )
     lr: float = Field(default=2e-4, gt=0)
-    backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone stays as it is, and costs less")
+    backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone is not trained")
     offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
-    only: list[str] = Field(default=[], description="train only parameters whose names begin so, as joint_decoder.")
+    only: list[str] = Field(default=[], description="train only parameters of such beginnings, as joint_decoder.")
     weight_decay: float = Field(default=1e-4, ge=0)
-    clip: float = Field(default=0.1, gt=0, description="norm that gradients are clipped to")
+    clip: float = Field(default=0.1, gt=0, description="maximum norm of the gradients")
     schedule: Literal["step", "cosine"] = "step"
     drops: list[float] = Field(default=[0.8], description="shares of the run after which `step` divides lr by 10")
     warmup_steps: int = Field(default=0, ge=0)
@@ -148,7 +148,7 @@ class TrainRecipe(Strict):
     save_every: int = Field(default=500, ge=1, description="a multiple of log_every")
     keep: int = Field(default=2, ge=1, description="checkpoints kept for resuming")
     eval_every: int = Field(default=0, ge=0, description="0 = only at the end")
-    patience: int | None = Field(default=None, ge=1, description="stop after so many evaluations without a better AP")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without a better AP before the run stops")
     ema: float | None = Field(default=None, gt=0, lt=1, description="decay of an average of the weights, e.g. 0.9998")
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
@@ -161,7 +161,7 @@ class TrainRecipe(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> TrainRecipe:
         # The mean loss since the last log is no part of a checkpoint. As every checkpoint follows a log, a resumed run
-        # logs all the same what an uninterrupted one does.
+        # logs the same values as an uninterrupted one.
         if self.save_every % self.log_every:
             raise ValueError(f"save_every is {self.save_every}, expected a multiple of log_every = {self.log_every}")
         if self.patience and not self.eval_every:
@@ -170,7 +170,7 @@ class TrainRecipe(Strict):
 
 
 class Recipe(Strict):
-    """A whole training run; `hpetr train RECIPE`."""
+    """A whole training run, see `hpetr train RECIPE`."""
 
     output: Path
     model: ModelRecipe
@@ -211,12 +211,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe, defaults included, as plain values."""
+    """Return the whole recipe, defaults included, as plain values."""
     return recipe.model_dump(mode="json", by_alias=True)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as the text of a file that `load_recipe` reads."""
+    """Return the whole recipe, defaults included, as the text of a file that `load_recipe` reads."""
     return yaml.safe_dump(recipe_values(recipe), sort_keys=False, default_flow_style=None, width=100)
 
 
@@ -286,7 +286,7 @@ def _index(node: list[Any], name: str, override: str) -> int:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Keys that a recipe knows at the place where `location` names an unknown one."""
+    """Return the valid keys beside the unknown one that `location` names."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
         if isinstance(part, str) and part in model.model_fields:

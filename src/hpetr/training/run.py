@@ -26,7 +26,7 @@ WEIGHTS, BEST = "model.safetensors", "best"  # the trained model, and the folder
 EVAL_PREFIX = "eval_"  # transformers' mark of evaluations
 UNFINISHED = ".unfinished"  # folder of folders that are being written
 # Keys that may not change when a run is resumed: with others its checkpoint would mean something else.
-FIXED = ("model", "data.train", "train.total_batch_size", "train.seed", "train.ema")
+FIXED = ("model.", "data.train.", "train.total_batch_size.", "train.seed.", "train.ema.")
 
 
 Say = Callable[[str], None]
@@ -164,35 +164,24 @@ def check_same_run(checkpoint: Path, recipe: Recipe, config: HPetrConfig) -> Non
     written = checkpoint.parent / RECIPE
     if not written.is_file():
         return
-    before, now = recipe_values(load_recipe(written)), recipe_values(recipe)
-    for key in FIXED:
-        old, new = (_value(values, key) for values in (before, now))
-        if old != new:
-            where, old, new = _first_difference(old, new, key)
-            raise InputError(f"resume {checkpoint}: {where} was {old!r} in this run, expected the same, got {new!r}")
+    before, now = (_flat(recipe_values(each)) for each in (load_recipe(written), recipe))
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if f"{key}.".startswith(FIXED) and old != new:
+            raise InputError(f"resume {checkpoint}: {key} was {old!r} in this run, expected the same, got {new!r}")
 
 
-def _value(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any]:
-    """Return the innermost key in which two unequal values differ, and its two values."""
-    parts: list[tuple[Any, Any, Any]] = []
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [(name, old.get(name), new.get(name)) for name in {**old, **new}]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        parts = [(place, *pair) for place, pair in enumerate(zip(old, new, strict=True))]
-    for name, ours, theirs in parts:
-        if ours != theirs:
-            return _first_difference(ours, theirs, f"{key}.{name}")
-    return key, old, new
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Return the innermost values of nested dicts and lists by their dotted keys."""
+    if not isinstance(values, dict | list) or not values:
+        return {key: values}
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    start = f"{key}." if key else ""
+    return {inner: value for name, each in items for inner, value in _flat(each, f"{start}{name}").items()}
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Keep the recipe, with all its defaults, in the run's folder."""
+    """Write the recipe, with all its defaults, into the run's folder."""
     write_bytes(recipe.output / RECIPE, recipe_yaml(recipe).encode())
 
 
