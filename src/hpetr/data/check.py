@@ -103,7 +103,9 @@ def check_dataset(
     """Check a data set by the rules of `open_dataset`, without stopping at the first problem.
 
     Args:
-        path, images, split: see `open_dataset`.
+        path: see `open_dataset`.
+        images: see `open_dataset`.
+        split: see `open_dataset`.
         decode: decode every image, and find equal ones; else only check that they exist.
         examples: maximum number of examples of each kind.
         progress: called with the number of images, returns the context in which they are read; its value is called

@@ -25,7 +25,9 @@ class PoseCollator:
     `normalize` converts them there.
 
     Args:
-        image_mean, image_std, pad_size_divisor: see `HPetrImageProcessor`; `from_processor` takes them from one.
+        image_mean: see `HPetrImageProcessor`; `from_processor` takes all three from one.
+        image_std: see `HPetrImageProcessor`.
+        pad_size_divisor: see `HPetrImageProcessor`.
 
     Returns, when called:
         dict with `pixel_values` (B, 3, H, W) uint8, 0 on padding, `pixel_mask` (B, H, W) bool, true on the image, and

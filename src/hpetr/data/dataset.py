@@ -244,7 +244,9 @@ def open_dataset(
             `annotations.json` or `data.yaml`.
         images: folder of the images. Default: `images` beside the JSON, or the YAML's `path`.
         split: `train`, `val` or `test` of a YOLO-pose data set, which needs one; a JSON has none.
-        skeleton, limit, area_of_box: see `PoseDataset`.
+        skeleton: see `PoseDataset`.
+        limit: see `PoseDataset`.
+        area_of_box: see `PoseDataset`.
 
     Raises:
         InputError: the path is neither, or the data set is not valid.

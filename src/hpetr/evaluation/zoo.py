@@ -131,10 +131,11 @@ def evaluate_zoo(
 
     Args:
         paths: see `find_checkpoints`.
-        dataset, flip_test: see `evaluate`.
+        dataset: see `evaluate`.
         device: where the models go.
         batch_size: images that go through the network together; None takes 8 on a GPU and 1 on the CPU.
         progress: called with numbers of images, which in the end are len(paths) * len(dataset).
+        flip_test: see `evaluate`.
 
     Raises:
         InputError: no checkpoint could be evaluated, or one could not be on these data; see `evaluate`.

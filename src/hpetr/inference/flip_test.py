@@ -30,8 +30,11 @@ def predict_batch_flipped(
     """Predict the poses of a batch of images and of their mirror images, merged to at most `num_poses` per image.
 
     Args:
-        model, processor, images, precision: see `predict_batch`.
+        model: see `predict_batch`.
+        processor: see `predict_batch`.
+        images: see `predict_batch`.
         threshold: minimum score of a pose before the merge, exclusive; None means the processor's.
+        precision: see `predict_batch`.
 
     Raises:
         InputError: the model's data do not say how keypoints change places (`Skeleton.can_flip`).

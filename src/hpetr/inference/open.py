@@ -85,8 +85,11 @@ def open_predictor(
 
     Args:
         model: see `find_model`.
-        device, threshold, keypoint_threshold: see `PosePredictor`.
-        precision, compiled: of a checkpoint, likewise; an exported model has one precision.
+        device: see `PosePredictor`.
+        threshold: see `PosePredictor`.
+        precision: see `PosePredictor`; an exported model has one precision.
+        compiled: see `PosePredictor`; not for an exported model.
+        keypoint_threshold: see `PosePredictor`.
 
     Raises:
         InputError: see `find_model`, `PosePredictor` and `hpetr.runtime.ExportedPredictor`; or a precision for an

@@ -139,8 +139,16 @@ class HPetrConfig(PreTrainedConfig):
             one half. The published models do not.
         dropout: of FFNs and self-attention.
         deformable_dropout: of the output of every deformable attention.
-        cost_class, cost_l1, cost_oks: weights of the matching cost.
-        loss_*: weights of the losses (PETR, section 3.4). With loss_heatmap = 0 the model has no heatmap branch.
+        cost_class: weight of the class score in the matching cost.
+        cost_l1: weight of the distance of keypoints in the matching cost.
+        cost_oks: weight of the OKS in the matching cost.
+        loss_class: weight of the focal loss (PETR, section 3.4, as the other weights).
+        loss_l1: weight of the L1 loss of proposals and pose decoder.
+        loss_oks: weight of the pose decoder's OKS loss.
+        loss_heatmap: weight of the heatmap loss; 0 for a model without heatmap branch.
+        loss_joint_l1: weight of the joint decoder's L1 loss.
+        loss_joint_oks: weight of the joint decoder's OKS loss.
+        loss_keypoint_score: weight of the loss of keypoint scores.
         oks_loss: "log" as published, -log OKS; "linear", 1 - OKS, under which hidden people, whose -log OKS has by far
             the largest gradient, do not outweigh people whose keypoints are nearly right.
         class_target: target of the matched queries. "one" as published; "oks", the OKS of their poses: a score then

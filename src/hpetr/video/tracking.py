@@ -159,7 +159,8 @@ class PoseSmoother:
     """Smooth the keypoints of every track by one-euro filters, in units of the person's size.
 
     Args:
-        min_cutoff, beta: see `OneEuroFilter`; a unit is the square root of the area of the person's box.
+        min_cutoff: see `OneEuroFilter`; a unit is the square root of the area of the person's box.
+        beta: see `OneEuroFilter`.
         patience: seconds without a pose after which the filter of a track is forgotten.
     """
 
