@@ -150,7 +150,6 @@ class Refusal:
 
 sys.meta_path.insert(0, Refusal())
 from hpetr.runtime.__main__ import main
-from paths import PHOTOS
 
 sys.exit(main(sys.argv[1:]))
 """
@@ -281,9 +280,12 @@ def test_bad_files_are_one_line(exported: Exported, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["export", "--format", "caffe"], "--format caffe: expected onnx, openvino, torch-export"),
-        (["export", "--format", "openvino", "--output", "model.onnx"], "model.onnx: expected the name of a file that"),
+        (
+            ["export", "--format", "openvino", "--output", "model.onnx"],
+            "model.onnx: expected a file to write that ends in .xml",
+        ),
         (["export", "--format", "torch-export", "--half"], "--half: is for onnx and openvino"),
-        (["export", "--output", "model.bin"], "model.bin: expected the name of a file that ends in .onnx"),
+        (["export", "--output", "model.bin"], "model.bin: expected a file to write that ends in .onnx"),
         (["export", "nowhere"], "nowhere: no such folder"),
         (["predict", "model.onnx"], "model.onnx: a model without images"),
         (["predict", "a.onnx", "b.onnx", "photo.jpg"], "2 models (a.onnx, b.onnx), expected one"),

@@ -8,6 +8,7 @@ takes minutes; the second half sees one symbol.
 from __future__ import annotations
 
 import ast
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from torch.export import ExportedProgram, register_dataclass
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hpetr.export.trace import FREE, name_outputs, quiet, trace, trace_as
+from hpetr.export.trace import COARSEST, FREE, TRACED, name_outputs, quiet, trace_as
 from hpetr.model.grid import Grid
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.nano.prior import Prior
@@ -39,6 +40,26 @@ DIMENSIONS = {
     "pose_labels": ("batch", "poses"),
     "keypoint_scores": ("batch", "poses", "keypoints"),
 }
+# The first half takes images as blocks of U x U pixels, where U divides all heights and widths. The sides of its maps
+# are then polynomials in two whole numbers, for which torch's symbolic arithmetic takes a fraction of the time.
+TO_BLOCKS = """
+<ir_version: 10, opset_import: ["" : 18]>
+blocks (float[batch, 3, height, width] pixel_values, int64[batch, height, width] pixel_mask)
+    => (float[batch, 3, rows, u, columns, u] pixel_values_blocks, int64[batch, rows, u, columns, u] pixel_mask_blocks)
+{
+    u = Constant <value_ints = [%d]> ()
+    three = Constant <value_ints = [3]> ()
+    batch = Shape <start = 0, end = 1> (pixel_mask)
+    height = Shape <start = 1, end = 2> (pixel_mask)
+    width = Shape <start = 2, end = 3> (pixel_mask)
+    rows = Div (height, u)
+    columns = Div (width, u)
+    mask_shape = Concat <axis = 0> (batch, rows, u, columns, u)
+    pixel_shape = Concat <axis = 0> (batch, three, rows, u, columns, u)
+    pixel_values_blocks = Reshape (pixel_values, pixel_shape)
+    pixel_mask_blocks = Reshape (pixel_mask, mask_shape)
+}
+"""
 register_dataclass(Grid)
 register_dataclass(Prior)
 
@@ -57,7 +78,8 @@ class ImagesToTokens(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[Tensor]:
-        """Map pixels (B, 3, H, W) and mask (B, H, W) to the tensors of `tree`, in its order."""
+        """Map blocks of pixels (B, 3, R, U, C, U) and mask (B, R, U, C, U) to the tensors of `tree`, in its order."""
+        pixel_values, pixel_mask = (x.flatten(-2).flatten(-3, -2) for x in (pixel_values, pixel_mask))
         found = self.model.tokenize(pixel_values, pixel_mask == 0)
         self.tree = tree_map(lambda x: next((kind for kind in (Tensor, SymInt) if isinstance(x, kind)), x), found)
         leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor | SymInt)]
@@ -128,16 +150,27 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
     """
     images = ImagesToTokens(model)
     with kept_as_operator():
-        first = trace(images, divisor, gradients=False)
+        unit = math.gcd(divisor, COARSEST)
+        batch, rows, columns = TRACED[0], *(-(-side // unit) for side in TRACED[1:])
+        pixels, mask = (
+            torch.zeros(batch, 3, rows, unit, columns, unit),
+            torch.ones(batch, rows, unit, columns, unit).long(),
+        )
+        sizes = {0: FREE, 2: FREE, 4: FREE}, {0: FREE, 1: FREE, 3: FREE}
+        first = trace_as(images, (pixels, mask), sizes, gradients=False)
         # Sizes that depend on the images are symbols in the first half. The second example has their traced values.
         between = [node.meta["val"] for node in first.graph.output_node().args[0]]
         example = tuple(torch.zeros([optimization_hint(n) for n in x.shape], dtype=x.dtype) for x in between)
         free = tuple({axis: FREE for axis, n in enumerate(x.shape) if isinstance(n, SymInt)} for x in between)
         second = trace_as(TokensToPoses(model, images.tree), example, (free,), gradients=False)
     names = [f"between_{number}" for number in range(len(between))]
-    halves = [("images", _convert(first, INPUTS, names)), ("poses", _convert(second, names, OUTPUTS))]
-    one, two = (compose.add_prefix(x, f"{name}.", rename_inputs=False, rename_outputs=False) for name, x in halves)
-    graph = compose.merge_models(one, two, [(name, name) for name in names])
+    blocks = [f"{name}_blocks" for name in INPUTS]
+    graph = onnx.parser.parse_model(TO_BLOCKS % unit)
+    for name, program, inputs, outputs in (("images", first, blocks, names), ("poses", second, names, OUTPUTS)):
+        half = compose.add_prefix(
+            _convert(program, inputs, outputs), f"{name}.", rename_inputs=False, rename_outputs=False
+        )
+        graph = compose.merge_models(graph, half, [(joint, joint) for joint in inputs])
     _tidy(graph)
     onnx.checker.check_model(graph)
     return graph

@@ -114,7 +114,9 @@ def _join_cells(x: Tensor) -> Tensor:
 def _pad(pixels: Tensor) -> Tensor:
     """Pad pixels (B, 3, H, W) with zeros to the right and below, to multiples of 32."""
     height, width = pixels.shape[-2:]
-    return F.pad(pixels, (0, -width % 32, 0, -height % 32)) if height % 32 or width % 32 else pixels
+    # Not -width % 32: an exporter cannot see that the sum of the two is a multiple of 32.
+    right, below = ((side + 31) // 32 * 32 - side for side in (width, height))
+    return F.pad(pixels, (0, right, 0, below)) if right or below else pixels
 
 
 class InvertedResidual(nn.Module):
@@ -251,7 +253,8 @@ class MoveNetBackbone(BackboneMixin, PreTrainedModel):
         maps = self._maps(pixels)
         if any(name.startswith("half_") for name in self.out_features):
             # The mean of each 2x2 pixels, in a third of the time that avg_pool2d takes.
-            half = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", align_corners=False)
+            size = [side // 2 for side in pixels.shape[-2:]]
+            half = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
             maps |= {f"half_{name}": x for name, x in self._maps(_pad(half)).items()}
         wanted = []
         for name in self.out_features:
