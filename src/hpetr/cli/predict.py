@@ -86,7 +86,7 @@ def predict_command(
     if videos:
         from hpetr.video.run import check_video_outputs
 
-        check_video_outputs(videos, output, json_file, draw)
+        check_video_outputs(videos, output, json_file, draw, inputs=[*found.images, *models])
     say_beside(json_file)
     passed_over = [str(path) for path in found.passed_over if str(path) not in videos]
     if passed_over:

@@ -42,7 +42,7 @@ def serve_command(
 
         def ready() -> None:
             shown = f"[{host}]" if ":" in host else host
-            typer.echo(f"{name} on http://{shown}:{bound} (description of the API: /openapi.json)")
+            typer.echo(f"{name} on http://{shown}:{bound} (description of the API: /docs)")
             if not _is_loopback(host):
                 typer.echo("warning: other machines can send images here without a password", err=True)
 

@@ -31,6 +31,8 @@ def predict_and_report(
         warn(reason)
     if run.unreadable:
         typer.echo(f"{len(run.unreadable)} of {len(videos)} videos could not be read", err=True)
+    if run.kept is not None:
+        say(f"earlier results of other videos: {run.kept}")
     if any(report.frames for report in run.videos):
         say(f"results: {run.results}")
     if run.interrupted:
