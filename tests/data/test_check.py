@@ -180,6 +180,10 @@ def test_command_checks_all_splits_and_fails_only_on_errors(tmp_path):
     one = run("check", tmp_path / "data.yaml", "--split", "train", "--no-pictures")
     assert one.exit_code == 0, one.output
     assert "warning: no sigmas: 1" in one.stdout
+    (tmp_path / "data.yaml").write_text("names: [cat]\nkpt_shape: [1, 3]\n")
+    empty = run("check", tmp_path)
+    assert empty.exit_code == 2
+    assert "data.yaml: no split is given, expected train, val, test" in empty.stderr
     nowhere = run("check", tmp_path / "nowhere.json")
     assert nowhere.exit_code == 2
     assert nowhere.stderr.startswith("error: ")

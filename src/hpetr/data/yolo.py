@@ -127,8 +127,11 @@ def read_yolo_ground_truth(*source: Any) -> dict[str, Any]:
 
 
 def yolo_splits(path: Path, images: str | os.PathLike[str] | None = None) -> list[str]:
-    """Return the names of the splits that a `data.yaml` describes."""
-    return list(read_yolo_config(path, images).splits)
+    """Return the names of the splits that a `data.yaml` describes, at least one."""
+    splits = list(read_yolo_config(path, images).splits)
+    if not splits:
+        raise InputError(f"{path}: no split is given, expected {', '.join(SPLITS)} or some of them")
+    return splits
 
 
 def label_file(image: str) -> str:
