@@ -133,7 +133,9 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(PoseTrainer, "training_step", training_step)
     handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    with pytest.raises(Interrupted, match=r"checkpoint-3 is saved; the same command with --resume goes on") as stop:
+    with pytest.raises(
+        Interrupted, match=r"checkpoint-3 is saved; the same command with --resume continues there"
+    ) as stop:
         train(small_recipe(stopped, *settings))
     assert stop.value.signal == number
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers

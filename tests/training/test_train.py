@@ -20,7 +20,7 @@ from hpetr.data.collate import PoseCollator
 from hpetr.data.dataset import open_dataset
 from hpetr.poses.skeleton import COCO
 from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
-from hpetr.training.optimizer import parameter_groups, schedule_factor
+from hpetr.training.optimizer import SteadyAdamW, parameter_groups, schedule_factor
 from hpetr.training.recipe import DataSource
 from hpetr.training.train import open_training, train
 from hpetr.training.trainer import _ignore_signals
@@ -139,9 +139,9 @@ def test_data_that_cannot_be_learnt_from(tmp_path: Path) -> None:
     assert opened.skeleton.sigmas == skeleton.sigmas == (0.05,) * 17
 
     nobody = changed_annotations(tmp_path / "nobody.json", empty)
-    with pytest.raises(InputError, match=r"data.val: nobody with labelled keypoints in .*nobody.json"):
+    with pytest.raises(InputError, match=r"data.val: no person with labelled keypoints in .*nobody.json"):
         open_training(small_recipe(tmp_path / "run", as_val(nobody)))
-    with pytest.raises(InputError, match=r"nobody with labelled keypoints in .*nobody.json"):
+    with pytest.raises(InputError, match=r"no person with labelled keypoints in .*nobody.json"):
         train(small_recipe(tmp_path / "run", f"data.train.0.annotations={nobody}", images))
     assert not (tmp_path / "run").exists()
 
@@ -337,3 +337,30 @@ def test_another_skeleton_starts_from_a_trained_model(tmp_path: Path, capsys: py
     assert model.config.id2label == {0: "person", 1: "goat"}
     assert model.config.skeleton["flip_pairs"] == [[1, 2], [3, 4]]
     assert '"AP": ' in (output / "log.jsonl").read_text()
+
+
+def test_relative_rates_of_the_backbone() -> None:
+    model = HPetrForPoseEstimation(HPetrConfig.preset("h-petr-nano"))
+    recipe = small_recipe(
+        Path("unused"), "train.lr=1e-3", "train.backbone_relative_lr=1e-2", "train.prior_lr_factor=2"
+    ).train
+    rates = {id(p): group["lr"] for group in parameter_groups(model, recipe) for p in group["params"]}
+    assert len(rates) == len([p for p in model.parameters() if p.requires_grad])
+    weight = model.backbone.body.stem.weight
+    assert rates[id(weight)] == pytest.approx(1e-2 * float(weight.detach().square().mean((1, 2, 3)).sqrt().median()))
+    assert rates[id(model.backbone.prior.projection.weight)] == 2e-3  # zeros
+
+
+def test_a_gradient_is_clipped_by_its_own_past_alone() -> None:
+    """A gradient 1,000 times the ones before it moves its tensor about as far, and no other tensor less."""
+    moved = {}
+    for name, largest in (("steady", 1.0), ("jump", 1e3)):
+        tensors = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+        optimizer = SteadyAdamW([{"params": tensors}], clip=2.0, lr=0.1)
+        for step in range(6):
+            tensors[0].grad = torch.full((4,), largest if step == 4 else 1.0)
+            tensors[1].grad = torch.full((4,), 1e-3)
+            optimizer.step()
+        moved[name] = [float(tensor.detach().mean()) for tensor in tensors]
+    assert moved["jump"][1] == moved["steady"][1]
+    assert moved["jump"][0] == pytest.approx(moved["steady"][0], rel=0.1)

@@ -31,7 +31,7 @@ class Problem:
 
 
 class ProblemLog:
-    """Collects the problems of one data set."""
+    """The problems of one data set."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []

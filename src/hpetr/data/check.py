@@ -198,7 +198,7 @@ class _Findings:
             self.add("warning", "no flip pairs", 1, [f"{path}: {NO_FLIPS}"])
             return []
         unpaired = unpaired_sides(skeleton)
-        text = "a side in the name but no flip pair: a mirrored image keeps it as it is"
+        text = "a side in the name but no flip pair: it does not move in a mirrored image"
         self.add("warning", "no flip pair", len(unpaired), (f"{path}: {name!r}: {text}" for name in unpaired))
         return []
 
@@ -228,7 +228,7 @@ class _Findings:
         self.warn_rows("people labelled twice", second, lambda row: text.format(loaded.position(pairs[row])))
         without = int((~loaded.is_crowd & ~labelled.any(axis=1)).sum())
         if not content.people and not loaded.problems:
-            text = f"{loaded.path}: nobody with labelled keypoints, training on this data set alone is refused"
+            text = f"{loaded.path}: no person with labelled keypoints, training on this data set alone is refused"
             self.add("warning", "no people", 1, [text])
         self.add("note", "people without keypoints, ignored in training", without)
         self.add("note", "crowd regions, ignored in training", content.crowds)

@@ -19,7 +19,7 @@ MIN_IOU = 0.5
 
 @dataclass(frozen=True)
 class SigmaEstimate:
-    """Sigmas of K keypoints; None where a keypoint cannot be estimated.
+    """Sigmas of K keypoints; None for keypoints that cannot be estimated.
 
     Attributes:
         names: K keypoint names.

@@ -108,7 +108,7 @@ class TrainingSet(Dataset[Sample]):
         return self.transform(samples[0] if len(samples) == 1 else mosaic(samples, self.fill), rng)
 
     def sample(self, dataset: int, index: int) -> Sample:
-        """Return an image as it is in its data set."""
+        """Return an image before its augmentation."""
         sample = self.datasets[dataset][index]
         if not self.absent[dataset]:
             return sample

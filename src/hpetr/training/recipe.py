@@ -14,7 +14,7 @@ from hpetr.model.image_processor import HPetrImageProcessor
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors: a misspelt learning rate must not train for a week with the default."""
+    """Base of all sections. Unknown keys are errors: a misspelt learning rate must not become the default."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ BACKBONE_WEIGHTS = ("imagenet", "movenet")  # names of weights that a backbone s
 
 
 class ModelRecipe(Strict):
-    """Which model, and which weights it starts from."""
+    """The model and its initial weights."""
 
     preset: str
     options: dict[str, Any] = Field(default={}, description="overrides of the preset, see HPetrConfig")
@@ -135,10 +135,17 @@ class TrainRecipe(Strict):
     )
     lr: float = Field(default=2e-4, gt=0)
     backbone_lr_factor: float = Field(default=0.1, ge=0, description="0 = the backbone is not trained")
+    backbone_relative_lr: float | None = Field(
+        default=None, gt=0, description="the backbone's rate as a share of each tensor's typical weight, not of lr"
+    )
+    prior_lr_factor: float = Field(default=1.0, ge=0, description="of the prior, with backbone_relative_lr")
     offsets_lr_factor: float = Field(default=0.1, ge=0, description="of sampling_offsets")
     only: list[str] = Field(default=[], description="train only parameters of such beginnings, as joint_decoder.")
     weight_decay: float = Field(default=1e-4, ge=0)
     clip: float = Field(default=0.1, gt=0, description="maximum norm of the gradients")
+    tensor_clip: float | None = Field(
+        default=None, gt=0, description="clip each tensor's gradient to this multiple of its running norm, not by clip"
+    )
     schedule: Literal["step", "cosine"] = "step"
     drops: list[float] = Field(default=[0.8], description="shares of the run after which `step` divides lr by 10")
     warmup_steps: int = Field(default=0, ge=0)

@@ -249,7 +249,7 @@ def _metrics_table(log: RunLog, has_val: bool) -> str:
 
 
 def _curves(log: RunLog) -> str:
-    """Draw all curves as figures; those without a single point are left out."""
+    """Draw all curves that have points, each in its own figure."""
     last = max((line["step"] for line in [*log.training, *log.evaluations]), default=0)
     stages = list(dict.fromkeys(name.rpartition(".")[0] for name in log.terms))
     colors = {stage: COLORS[i % len(COLORS)] for i, stage in enumerate(stages)}

@@ -140,7 +140,7 @@ def own_folder(output: Path, *, active: bool) -> Iterator[None]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by Ctrl+C or a signal; the message names the checkpoint to resume from.
+    """The stop of a run by Ctrl+C or a signal; the message names the checkpoint to resume from.
 
     Attributes:
         signal: its number.
@@ -149,8 +149,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, output: Path, number: int) -> None:
         self.signal, checkpoint = number, newest_checkpoint(output)
         where = "no checkpoint is there yet" if checkpoint is None else f"{checkpoint} is saved"
-        goes_on = "" if checkpoint is None else "; the same command with --resume goes on from there"
-        super().__init__(f"interrupted: {where}{goes_on}")
+        advice = "" if checkpoint is None else "; the same command with --resume continues there"
+        super().__init__(f"interrupted: {where}{advice}")
 
 
 def check_same_run(checkpoint: Path, recipe: Recipe, config: HPetrConfig) -> None:

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from hpetr.checkpoints.backbone_weights import copy_weights, load_backbone_weights
+from hpetr.checkpoints.backbone_weights import copy_weights, load_backbone_weights, prepare_backbone
 from hpetr.checkpoints.card import CARD, is_own_text
 from hpetr.checkpoints.folder import build_on_meta, config_from, load_checkpoint
 from hpetr.data.check import shared_images
@@ -50,7 +50,7 @@ REPORT_IMAGES = 8
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
-    """Run a recipe and return the folder of the trained checkpoint; under torchrun, one of several processes' part.
+    """Run a recipe and return the folder of the trained checkpoint; under torchrun, as one of its processes.
 
     The folder holds the trained model (of the last step; the averaged weights if the recipe asks for an average),
     `best/` (of the best AP, with validation data), `checkpoint-N/` to resume from, `log.jsonl`, `recipe.yaml` and
@@ -94,7 +94,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> Path:
 
 
 def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Path | None]:
-    """Do all that can fail before the first step.
+    """Do everything that can fail before the first step.
 
     Returns:
         The trainer, and the checkpoint to resume from.
@@ -117,6 +117,8 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
     if arguments.should_save:
         check_writable(recipe.output)
     _freeze(model, recipe)
+    if checkpoint is None:
+        prepare_backbone(model)
     if recipe.train.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer releases have another name for it, the oldest supported one does not.
@@ -134,7 +136,7 @@ def prepare(recipe: Recipe, resume: str | Path | None) -> tuple[PoseTrainer, Pat
 
 
 def open_training(recipe: Recipe, tell: Say | None = None) -> tuple[TrainingSet, PoseDataset | None, Skeleton]:
-    """Open the recipe's images: to train on, augmented, and to evaluate on; and return them with their skeleton.
+    """Open the recipe's training images, augmented, and validation images; return them with their skeleton.
 
     Args:
         tell: called with a line about each data set and each warning; None keeps silent.
@@ -163,10 +165,12 @@ def open_training(recipe: Recipe, tell: Say | None = None) -> tuple[TrainingSet,
     if recipe.augment.flip and not skeleton.can_flip:
         tell(f"warning: {datasets[0].path}: {NO_FLIPS}")
     if not sum(dataset.report.people for dataset in datasets):
-        raise InputError(f"data.train: nobody with labelled keypoints in {datasets[0].path}, expected people to learn")
+        raise InputError(
+            f"data.train: no person with labelled keypoints in {datasets[0].path}, expected some to learn"
+        )
     if val is not None:
         if not val.report.people:
-            raise InputError(f"data.val: nobody with labelled keypoints in {val.path}, expected people to find")
+            raise InputError(f"data.val: no person with labelled keypoints in {val.path}, expected people to find")
         if shared := shared_images(datasets, val):
             some = ", ".join(path.name for path in shared[:3]) + (", ..." if len(shared) > 3 else "")
             tell(f"warning: {len(shared)} of {len(val)} images of val are in train too: {some}; its AP will flatter")
@@ -220,8 +224,8 @@ def build_model(
 
 
 def _freeze(model: HPetrForPoseEstimation, recipe: Recipe) -> None:
-    """Exclude from training the parameters that the recipe leaves as they are."""
-    if recipe.train.backbone_lr_factor == 0:
+    """Exclude parameters from training, by `backbone_lr_factor` and `only`."""
+    if recipe.train.backbone_lr_factor == 0 and recipe.train.backbone_relative_lr is None:
         model.backbone.body.requires_grad_(False)
         if model.backbone.prior is not None:
             model.backbone.prior.requires_grad_(False)
@@ -259,7 +263,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         gradient_accumulation_steps=settings.total_batch_size // (batch * count),
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
+        max_grad_norm=settings.clip if settings.tensor_clip is None else float("inf"),
         use_cpu=not torch.cuda.is_available(),
         bf16=settings.precision == "bfloat16",
         seed=settings.seed,

@@ -32,7 +32,7 @@ from hpetr.inference.torch_predictor import default_batch_size
 from hpetr.model.hpetr import HPetrForPoseEstimation
 from hpetr.model.image_processor import HPetrImageProcessor
 from hpetr.training.data import EpochSampler, TrainingSet
-from hpetr.training.optimizer import parameter_groups, schedule_factor
+from hpetr.training.optimizer import SteadyAdamW, parameter_groups, schedule_factor
 from hpetr.training.recipe import TrainRecipe
 from hpetr.training.run import BEST, EVAL_PREFIX, UNFINISHED, publish
 
@@ -128,7 +128,11 @@ class PoseTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(cast(torch.nn.Module, model or self.model), self.recipe)
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
+            decay, clip = self.recipe.weight_decay, self.recipe.tensor_clip
+            if clip is None:
+                self.optimizer = torch.optim.AdamW(groups, weight_decay=decay)
+            else:
+                self.optimizer = SteadyAdamW(groups, clip, weight_decay=decay)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
@@ -250,7 +254,7 @@ class PoseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            (Path(cast(str, output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, read by nobody
+            (Path(cast(str, output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, whole or not at all.
