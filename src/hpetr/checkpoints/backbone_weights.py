@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hpetr.checkpoints import folder as folders
 from hpetr.checkpoints.folder import CONFIG, EXTRA, MISSING, WEIGHTS, WRONG, one_line
-from hpetr.checkpoints.movenet_weights import fill_prior, movenet_state_dict, tensor_names
+from hpetr.checkpoints.movenet_weights import equalize, fill_prior, movenet_state_dict, tensor_names
 from hpetr.checkpoints.official_names import BODY, RESNET, is_weight, name_pairs
 from hpetr.errors import InputError
 from hpetr.model.backbones.movenet import MoveNetBackbone
@@ -100,6 +100,13 @@ def load_backbone_weights(model: HPetrForPoseEstimation, source: str) -> str:
     except InputError as error:
         raise InputError(f"backbone weights {place}: {str(error).removeprefix(f'{place}: ')}") from error
     return summary + _fill_prior(model)
+
+
+def prepare_backbone(model: HPetrForPoseEstimation) -> None:
+    """Equalize the weights of a backbone that will be trained, in place; its outputs stay (see `equalize`)."""
+    body = model.backbone.body
+    if isinstance(body, MoveNetBackbone) and any(parameter.requires_grad for parameter in body.parameters()):
+        body.load_state_dict(equalize(body.state_dict()))
 
 
 def _fill_prior(model: HPetrForPoseEstimation) -> str:

@@ -22,6 +22,8 @@ from hpetr.model.nano.prior import PosePrior
 
 # Depthwise convolutions without bias: the file has a bias of zeros for them.
 NO_BIAS = re.compile(r"(smooth|hidden).*depthwise$")
+# Rounds over all channels of `equalize`: scaling one changes the balance of those before and after it.
+SWEEPS = 5
 
 
 def _names() -> list[str]:
@@ -148,3 +150,66 @@ def fill_prior(prior: PosePrior, keypoints: Mapping[int, int]) -> None:
             # MoveNet has y before x, and measures from a cell's first corner: half a cell from the center.
             copy(classes + 2 * own + axis, "regress", 2 * theirs + 1 - axis, -0.5)
             copy(offsets + 2 * own + axis, "offset", 2 * theirs + 1 - axis, -0.5)
+
+
+def _linked_channels() -> list[tuple[list[str], list[str]]]:
+    """Convolutions between which a channel's scale is free: those that write it, and those that read it.
+
+    At most ReLU lies between them, and what several write is added. Maps that a model may ask for (the stages and the
+    pyramid's finest map) keep their scale. So does the trunk, where ReLU6 lies between: its channels are well scaled
+    but for those that are never active, and scaling them as far as ReLU6 allows left gradient norms as they were.
+    """
+    links: list[tuple[list[str], list[str]]] = []
+    for level in range(len(PYRAMID) - 1):
+        above = "pyramid.lateral.0" if level == 0 else f"pyramid.smooth.{level - 1}.pointwise"
+        smooth = f"pyramid.smooth.{level}"
+        links.append(([above, f"pyramid.lateral.{level + 1}"], [f"{smooth}.depthwise"]))
+        links.append(([f"{smooth}.depthwise"], [f"{smooth}.pointwise"]))
+    for head in HEADS:
+        hidden = f"heads.{head}.hidden"
+        links.append(([f"{hidden}.depthwise"], [f"{hidden}.pointwise"]))
+        links.append(([f"{hidden}.pointwise"], [f"heads.{head}.output"]))
+    return links
+
+
+def equalize(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in which each hidden channel of pyramid and heads is written and read by weights of equal RMS.
+
+    MoveNet's released weights have their batch norms folded in: in `pyramid.smooth.2` depthwise filters have norms of 4
+    to 12 and pointwise columns of 0.0002 to 0.004, so that one Adam step of 5e-5 is as large as the weights. Scaling a
+    channel by s > 0 where it is written and by 1 / s where it is read leaves the outputs as they are, to 1e-6 of their
+    RMS ("Data-free quantization", Nagel et al. 2019, arXiv 1906.04721). The largest gradient norm of one of these
+    tensors falls from 87,000 to 170.
+
+    Args:
+        state: tensors of a `MoveNetBackbone`. Convolutions that it does not build may be missing; other tensors are
+            returned as they are.
+    """
+    scaled = {name: tensor.double() for name, tensor in state.items()}
+    for _ in range(SWEEPS):
+        for writers, readers in _linked_channels():
+            writers = [name for name in writers if f"{name}.weight" in scaled]
+            readers = [name for name in readers if f"{name}.weight" in scaled]
+            if not writers or not readers:
+                continue
+            written = torch.cat([scaled[f"{name}.weight"].flatten(1) for name in writers], 1)  # (C, n)
+            read = torch.cat([_by_input(scaled[f"{name}.weight"]) for name in readers], 1)  # (C, m)
+            scale = (_rms(read) / _rms(written)).sqrt()
+            scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)  # of a channel without weights
+            for name in writers:
+                scaled[f"{name}.weight"] *= scale[:, None, None, None]
+                if f"{name}.bias" in scaled:
+                    scaled[f"{name}.bias"] *= scale
+            for name in readers:
+                weight = scaled[f"{name}.weight"]
+                weight /= scale[:, None, None, None] if weight.shape[1] == 1 else scale[:, None, None]
+    return {name: tensor.to(state[name].dtype) for name, tensor in scaled.items()}
+
+
+def _by_input(weight: Tensor) -> Tensor:
+    """Weights (O, I / groups, kh, kw), depthwise or not, as (I, weights that read the channel)."""
+    return weight.flatten(1) if weight.shape[1] == 1 else weight.transpose(0, 1).flatten(1)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(1).sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation, InputError
 from hpetr.checkpoints.backbone_weights import load_backbone_weights
-from hpetr.checkpoints.movenet_weights import movenet_state_dict, tensor_names
+from hpetr.checkpoints.movenet_weights import equalize, movenet_state_dict, tensor_names
 from hpetr.model.backbones.movenet import HEAD_CHANNELS, MAPS, AlignedConv2d, MoveNetBackbone, MoveNetConfig
 
 SMALL = {"d_model": 32, "num_heads": 4, "encoder_layers": 1, "num_queries": 20, "num_poses": 5, "num_feature_levels": 3}
@@ -231,3 +231,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             movenet_state_dict(path)
     with pytest.raises(InputError, match="no such file"):
         movenet_state_dict(tmp_path / "missing.tflite")
+
+
+@torch.no_grad()
+def test_equalized_weights_give_the_same_maps() -> None:
+    """Pointwise weights 1e4 times smaller than their depthwise ones: the gradients then differ by as much."""
+    network = backbone(POSES)
+    assert network.pyramid is not None
+    smooth = network.pyramid.smooth[2]
+    smooth.depthwise.weight.mul_(1e3), smooth.pointwise.weight.div_(1e3)
+    pixels = torch.randn(1, 3, 64, 96)
+    before = network(pixels).feature_maps
+    network.load_state_dict(equalize(network.state_dict()))
+    for map_before, map_after in zip(before, network(pixels).feature_maps, strict=True):
+        torch.testing.assert_close(map_after, map_before, rtol=1e-4, atol=1e-4)
+    sizes = [conv.weight.square().mean().sqrt() for conv in (smooth.depthwise, smooth.pointwise)]
+    assert 0.2 < sizes[0] / sizes[1] < 5
+    trunk = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("stages.")}
+    assert all(torch.equal(tensor, trunk[name]) for name, tensor in equalize(trunk).items())
