@@ -20,12 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from hpetr.cli.environment import DEFAULTS
+from hpetr.cli.environment import WAITING
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "000000000785.jpg"
 SETTINGS = {
     "default": {},
-    "shipped": {name: value for name, value in DEFAULTS.items() if "OMP" in name},
+    "shipped": WAITING,
     "passive": {"OMP_WAIT_POLICY": "passive"},
     **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1_000, 10_000, 100_000)},
 }
@@ -105,7 +105,9 @@ def main() -> None:
         for name, values in times.items():
             ninth = statistics.quantiles(values, n=10)[-1]
             row = (min(values), statistics.median(values), ninth, max(values))
-            print(f"{f'{load} other programs, {name}':28}" + "".join(f"{1e3 * value:>8.0f}" for value in row), flush=True)
+            print(
+                f"{f'{load} other programs, {name}':28}" + "".join(f"{1e3 * value:>8.0f}" for value in row), flush=True
+            )
     for process in processes.values():
         process.communicate()
 
