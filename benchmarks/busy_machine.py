@@ -91,7 +91,7 @@ def main() -> None:
         ask(process)
     average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(f"{os.cpu_count()} cores, {args.threads} threads, load average before {average:.1f}; ms an image")
-    print(f"{'':28}{'least':>8}{'median':>8}{'9 of 10':>9}{'most':>8}")
+    print(f"{'':28}{'least':>8}{'median':>8}{'9 of 10':>8}{'most':>8}")
     for load in dict.fromkeys((0, args.load)):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
         times: dict[str, list[float]] = {name: [] for name in processes}
