@@ -149,6 +149,8 @@ class HPetrConfig(PreTrainedConfig):
         loss_joint_l1: weight of the joint decoder's L1 loss.
         loss_joint_oks: weight of the joint decoder's OKS loss.
         loss_keypoint_score: weight of the loss of keypoint scores.
+        loss_place: weight of `Prior.place_loss`, which trains the heatmaps and offsets that keypoints snap to. Without
+            it, nothing trains the offsets.
         oks_loss: "log" as published, -log OKS; "linear", 1 - OKS, under which hidden people, whose -log OKS has by far
             the largest gradient, do not outweigh people whose keypoints are nearly right.
         class_target: target of the matched queries. "one" as published; "oks", the OKS of their poses: a score then
@@ -208,6 +210,7 @@ class HPetrConfig(PreTrainedConfig):
     oks_space: Literal["pixels", "normalized"] = "pixels"
     divisor: Literal["keypoints", "persons"] = "keypoints"
     loss_heatmap: Weight = 4.0
+    loss_place: Weight = 0.0
     loss_joint_l1: Weight = 80.0
     loss_joint_oks: Weight = 3.0
     loss_keypoint_score: Weight = 1.0

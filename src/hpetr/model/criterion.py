@@ -25,7 +25,7 @@ from hpetr.model.losses import (
     proposal_losses,
     start_matching,
 )
-from hpetr.model.matching import PendingAssignments, Targets
+from hpetr.model.matching import Matches, PendingAssignments, Targets
 from hpetr.model.proposals import Predictions, Proposals
 from hpetr.model.stages import ASSIGNMENT, COSTS, HEATMAP, stage
 
@@ -51,6 +51,7 @@ class Criterion:
         *,
         refine: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         heatmap: Callable[[], tuple[Tensor, Tensor | None]],
+        places: Callable[[Matches, Targets, Tensor], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss terms by name.
 
@@ -64,6 +65,7 @@ class Criterion:
             refine: the joint decoder, from poses (B, T, K, 2) to its layers' poses and the keypoint scores.
             heatmap: the heatmap branch: logits (B, K, H, W), and padding (B, H, W) or None. It is called while the
                 matching costs travel to the host, and not at all for a model without heatmap loss.
+            places: further terms from the matches of the proposals, the targets and the sigmas (K,).
         """
         config, device = self.config, layers.logits.device
         sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
@@ -78,6 +80,8 @@ class Criterion:
                 terms = heatmap_loss(logits, padding, targets, stride, config)
         with stage(ASSIGNMENT):
             matching = finish_matching(pending, sizes, device)
+        if places is not None:
+            terms |= places(matching.proposals, targets, sigmas)
         counts = match_counts(matching, targets)
         poses, scores = refine(matched_poses(layers.keypoints[-1].detach(), matching))
         return (
@@ -99,7 +103,7 @@ class GroupCriterion(Criterion):
         sizes: list[int],
         targets: Targets,
         image_width: int,
-        **branches: Callable,
+        **branches: Callable | None,
     ) -> dict[str, Tensor]:
         """Return the loss terms by name; see `Criterion`. There is neither a joint decoder nor a heatmap branch."""
         config, device = self.config, layers.logits.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -26,7 +26,8 @@ from hpetr.model.groups import QueryGroup, query_groups
 from hpetr.model.host import to_device
 from hpetr.model.joint_decoder import JointDecoder
 from hpetr.model.matching import check_labels, make_targets
-from hpetr.model.nano.prior import PosePrior, Prior
+from hpetr.model.nano.losses import place_losses
+from hpetr.model.nano.prior import GuidedProposals, PosePrior, Prior
 from hpetr.model.nano.queries import PriorQueries, ProposalQueries
 from hpetr.model.nano.settings import NanoSettings
 from hpetr.model.nano.steps import SizeSteps
@@ -298,6 +299,7 @@ class HPetrForPoseEstimation(PreTrainedModel):
                 width,
                 refine=partial(self.refine, memory, grid),
                 heatmap=partial(self.heatmap, memory, grid, prior),
+                places=self.places(proposals, grid),
             )
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         if labels is None or not self.training:
@@ -343,6 +345,12 @@ class HPetrForPoseEstimation(PreTrainedModel):
             return poses[None], None
         with stage(JOINT_DECODER):
             return self.joint_decoder(memory, grid, poses)
+
+    def places(self, proposals: Proposals, grid: Grid) -> Callable[..., dict[str, Tensor]] | None:
+        """Return the loss of the places that a prior gives to keypoints, for a model that has one and this loss."""
+        if not self.config.loss_place or not isinstance(proposals, GuidedProposals):
+            return None
+        return partial(place_losses, proposals, grid, self.config)
 
     def heatmap(self, memory: Tensor, grid: Grid, prior: Prior | None) -> tuple[Tensor, Tensor | None]:
         """Return heatmap logits (B, K, H, W) and padding (B, H, W), or None without padding.

@@ -216,3 +216,31 @@ def test_nothing_is_claimed_before_training() -> None:
 def test_bad_choices(overrides: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         HPetrConfig.preset("h-petr-r50", **overrides)
+
+
+def test_place_loss_teaches_cell_offset_and_step() -> None:
+    """A keypoint in a cell that is not the best one: its heat and offsets, and the search's center, move towards it."""
+    maps = prior_maps()
+    maps.heat[0, 0, 10, 14] = 2.0  # another person's
+    maps.heat[0, 0, 10, 20] = -1.0
+    heat, offsets = maps.heat.requires_grad_(), maps.offsets.requires_grad_()
+    prior, size = Prior.from_maps([maps], SHAPES, SETTINGS), torch.tensor([WIDTH, HEIGHT])
+    pose = (torch.tensor([[[17.5, 10.5]] * 3]) / size).requires_grad_()
+    truth = torch.tensor([20.75, 10.5])
+
+    def likelihoods(places: Tensor, chosen: Tensor) -> Tensor:
+        assert chosen.tolist() == [0]
+        return -((places * size - truth) ** 2).sum(-1)
+
+    zero = torch.zeros(1, dtype=torch.long)
+    loss = prior.place_loss(pose, zero, zero, grid_of(), likelihoods)
+    assert loss.shape == (1, 3)
+    loss[0, 0].backward()
+    assert heat.grad is not None
+    assert heat.grad[0, 0, 10, 20] < 0 < heat.grad[0, 0, 10, 14]
+    assert offsets.grad is not None
+    assert offsets.grad[0, 0, 10, 20] < 0  # to the right
+    assert pose.grad is not None
+    assert pose.grad[0, 0, 0] < 0
+    level_without_maps = torch.tensor([SHAPES[0][0] * SHAPES[0][1]])
+    assert prior.place_loss(pose, zero, level_without_maps, grid_of(), likelihoods).sum() == 0

@@ -10,7 +10,7 @@ poses it starts from zeros and changes nothing until it has learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +21,14 @@ from hpetr.model.config import HPetrConfig
 from hpetr.model.grid import Grid
 from hpetr.model.host import to_device
 from hpetr.model.nano.settings import NanoSettings
-from hpetr.model.proposals import Proposals
+from hpetr.model.proposals import Proposals, outside_autocast
 
 # The logit of a center or a keypoint where nothing is known.
 FLOOR = math.log(0.01 / 0.99)
+# Of `Prior.place_loss`: an exponent that makes the softmax over cells nearly choose the best one; the least likelihood
+# of a keypoint, which bounds the gradient of those far from every cell; and the fit of cells outside the map, finite
+# because a whole search may be outside.
+PLACE_SHARPNESS, MIN_LIKELIHOOD, OUTSIDE = 2.0, 1e-3, -1e4
 
 
 def similarity_to_likelier(poses: Tensor, logits: Tensor, sigmas: Tensor, area_of_extent: float) -> Tensor:
@@ -178,6 +182,57 @@ class Prior:
         seen = heat.at(row, column).sigmoid().transpose(1, 2) > self.settings.min_heat  # (B, Q, K, 1)
         return torch.where(seen, found.to(poses.dtype), poses)
 
+    def place_loss(
+        self, poses: Tensor, image: Tensor, tokens: Tensor, grid: Grid, likelihoods: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Return -log of the mean likelihood of the places that `snap` chooses from, (m, K).
+
+        `snap` takes the best cell. Here each cell within its reach counts by a softmax of the same fit, and its offset
+        gives the place. The heatmap learns which of these cells is right, and the offsets learn the place.
+
+        Args:
+            poses: (m, K, 2) proposals, 1 = the unpadded image's width and height.
+            image: (m,) index of each pose's image.
+            tokens: (m,) index of the token that proposed it. Tokens of levels without maps have no loss.
+            grid: of the tokens.
+            likelihoods: called with places (n, K, cells, 2), 1 = the unpadded image, and the indices (n,) of their
+                poses; returns the logarithms (n, K, cells) of how right they are.
+        """
+        total, end = poses.new_zeros(poses.shape[:2]), 0
+        for level, (heat, offsets) in enumerate(zip(self.heat, self.offsets, strict=True)):
+            start, end = end, end + grid.spatial_shapes[level][0] * grid.spatial_shapes[level][1]
+            chosen = ((tokens >= start) & (tokens < end)).nonzero()[:, 0]
+            if not len(chosen):
+                continue
+            height, width = heat.shape[-2:]
+            where = image[chosen]
+            size = grid.valid_ratios[where, level] * poses.new_tensor([width, height])  # (n, 2) cells
+            places = poses[chosen] * size[:, None]  # (n, K, 2)
+            extent = places.detach().amax(1) - places.detach().amin(1)
+            spread = ((extent[:, 0] * extent[:, 1]).sqrt() / 2 * self.settings.spread).clamp(
+                min=self.settings.min_spread
+            )[:, None, None]
+            reach = torch.arange(-2 * self.settings.reach, 2 * self.settings.reach + 1, device=poses.device)
+            columns, rows = (places[..., axis, None].detach().floor().long() + reach for axis in (0, 1))  # (n, K, r)
+            inside = ((rows >= 0) & (rows < height))[..., :, None] & ((columns >= 0) & (columns < width))[..., None, :]
+            away_x, away_y = (
+                (cells + 0.5 - places[..., axis, None]) / spread for axis, cells in ((0, columns), (1, rows))
+            )
+            cells = (
+                rows.clamp(0, height - 1)[..., :, None] * width + columns.clamp(0, width - 1)[..., None, :]
+            ).flatten(2)
+            keypoint = torch.arange(poses.shape[1], device=poses.device)
+            fit = F.logsigmoid(heat.flatten(2).float()[where[:, None, None], keypoint[:, None], cells])  # (n, K, r * r)
+            fit = fit - (away_y.square()[..., :, None] + away_x.square()[..., None, :]).flatten(2)
+            fit = (fit * PLACE_SHARPNESS).masked_fill(~inside.flatten(2), OUTSIDE).log_softmax(-1)
+            maps = offsets.unflatten(1, (-1, 2)).flatten(3).float()  # (B, K, 2, H * W)
+            moves = maps[where[:, None, None], keypoint[:, None], :, cells]  # (n, K, r * r, 2)
+            votes = torch.stack([cells % width, torch.div(cells, width, rounding_mode="floor")], -1) + 0.5 + moves
+            likelihood = (fit + likelihoods(votes / size[:, None, None], chosen)).logsumexp(-1)
+            floor = torch.full_like(likelihood, math.log(MIN_LIKELIHOOD))
+            total = total.index_copy(0, chosen, -torch.logaddexp(likelihood, floor))
+        return total
+
     def _best_cells(self, heat: _Stack, blocks: _Stack, places: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and column (B, K, Q, 1) of the cells of heat that fit places (B, K, Q, 2) best.
 
@@ -275,4 +330,4 @@ class PosePrior(nn.Module):
 
     def forward(self, x: Tensor) -> PriorMaps:
         """Return the prior's maps over a map (B, channels, H, W)."""
-        return PriorMaps(*self.projection(x).split(self.sizes, 1))
+        return PriorMaps(*outside_autocast(self.projection, x).split(self.sizes, 1))
