@@ -61,7 +61,7 @@ def section(page: Path, name: str) -> str:
     """Return the text of a name in the reference, without line breaks."""
     html = page.read_text(encoding="utf-8")
     start = html.index(f'id="{name}"')
-    text = re.sub(r"<[^>]+>", "", html[start : html.find('class="doc doc-object', start)])
+    text = re.sub(r"<[^>]+>", "", html[start : html.find('class="doc doc-object ', start)])
     return " ".join(unescape(text).split())
 
 
