@@ -45,19 +45,24 @@ def inputs(tmp_path: Path) -> Path:
         "eval CHECKPOINT data --limit 1 --output data/images/000000000790.jpg",
         "eval --zoo . data --limit 1 --output data/annotations.json",
         "benchmark CHECKPOINT --image 1.jpg --repeats 1 --json 1.jpg",
+        "predict 1.jpg --no-draw --json CHECKPOINT/config.json",
+        "eval CHECKPOINT data --limit 1 -o CHECKPOINT/preprocessor_config.json",
+        "benchmark CHECKPOINT --repeats 1 --json CHECKPOINT/config.json",
         "convert CHECKPOINT --to-official 1.jpg",
         "export CHECKPOINT --output 1.jpg",
     ],
 )
 def test_inputs_stay(command: str, inputs: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
-    files = {path: path.read_bytes() for path in sorted(inputs.rglob("*")) if path.is_file()}
+    places = [*inputs.rglob("*"), *checkpoint.iterdir()]
+    files = {path: path.read_bytes() for path in places if path.is_file()}
     words = command.replace("CHECKPOINT", str(checkpoint)).split()
     done = hpetr(*words, *(("--checkpoint", checkpoint) if words[0] == "predict" else ()))
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: "), done.output
     assert len(done.stderr.splitlines()) == 1
-    assert {path: path.read_bytes() for path in sorted(inputs.rglob("*")) if path.is_file()} == files
+    assert {path: path.read_bytes() for path in files} == files
+    assert len([*inputs.rglob("*"), *checkpoint.iterdir()]) == len(places)
     assert (inputs / "link.json").is_symlink()
 
 

@@ -31,10 +31,11 @@ def benchmark_command(
 ) -> None:
     """Measure the time of every stage, and compare it with the rates of this machine."""
     from hpetr.images.files import RESULT_SUFFIXES, check_output, write_json
+    from hpetr.inference.files import model_files
 
     pixels = parse_size(size)
     if json_file is not None:
-        check_output(json_file, [] if image is None else [image], RESULT_SUFFIXES)
+        check_output(json_file, [*model_files(target), *([] if image is None else [image])], RESULT_SUFFIXES)
         say_beside(json_file)
     from hpetr.checkpoints.folder import BUNDLED
     from hpetr.evaluation.benchmark import benchmark, runs

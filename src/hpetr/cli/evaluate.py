@@ -72,6 +72,7 @@ def eval_command(
     from hpetr.evaluation.evaluate import metrics_file
     from hpetr.images.files import RESULT_SUFFIXES, check_output
     from hpetr.inference import processes
+    from hpetr.inference.files import model_files
 
     data, target = Path(places[-1]), output or Path("outputs") / ("zoo.json" if zoo else "eval.json")
     folder = images or (data / "images" if annotations and data.is_dir() else None)
@@ -89,7 +90,7 @@ def eval_command(
         dataset = open_dataset(source, folder, split=chosen, limit=limit)
         if processes.rank() == 0:
             for path in [target] if zoo else [target, metrics_file(target)]:
-                check_output(path, [source, *dataset.image_paths], RESULT_SUFFIXES)
+                check_output(path, [source, *dataset.image_paths, *model_files(places[0])], RESULT_SUFFIXES)
         return dataset, processes.claim_device(device)
 
     with one_error_line():

@@ -67,7 +67,7 @@ def predict_command(
     ] = False,
 ) -> None:
     """Find the people in images and videos: drawings, and the keypoints as JSON."""
-    from hpetr.inference.files import FoundImages, ImageOutputs, find_images, is_complete, split_off_model
+    from hpetr.inference.files import FoundImages, ImageOutputs, find_images, is_complete, model_files, split_off_model
     from hpetr.video.naming import split_inputs
 
     inputs, checkpoint = split_off_model(inputs, checkpoint)
@@ -80,7 +80,7 @@ def predict_command(
     if videos and (formats or resume):
         raise InputError("--format and --resume are for images, and there are videos: their results are JSON lines")
     outputs = ImageOutputs(output, json_file, draw, tuple(dict.fromkeys(formats or ["coco"])))
-    models = [checkpoint] if checkpoint else []
+    models = model_files(checkpoint)
     if found.images:
         outputs.check(found.images, [*videos, *models], resume=resume)
     if videos:

@@ -47,6 +47,14 @@ def split_off_model(inputs: list[str], checkpoint: str | None) -> tuple[list[str
     return rest, models[0]
 
 
+def model_files(name: str | None) -> list[Path]:
+    """Return the files of a checkpoint folder or an exported model; none for other names of models."""
+    path = Path(name or "")
+    if name and path.is_dir():
+        return list(path.iterdir())
+    return [path, path.with_suffix(".bin")] if name and is_exported(path) else []
+
+
 @dataclass(frozen=True)
 class FoundImages:
     """Images that inputs name, and the files in their folders that are no images."""
