@@ -42,24 +42,21 @@ DIMENSIONS = {
 }
 # The first half takes images as blocks of U x U pixels, where U divides all heights and widths. The sides of its maps
 # are then polynomials in two whole numbers, for which torch's symbolic arithmetic takes a fraction of the time.
-TO_BLOCKS = """
-<ir_version: 10, opset_import: ["" : 18]>
+TO_BLOCKS = """<ir_version: %d, opset_import: ["" : %d]>
 blocks (float[batch, 3, height, width] pixel_values, int64[batch, height, width] pixel_mask)
     => (float[batch, 3, rows, u, columns, u] pixel_values_blocks, int64[batch, rows, u, columns, u] pixel_mask_blocks)
 {
     u = Constant <value_ints = [%d]> ()
     three = Constant <value_ints = [3]> ()
-    batch = Shape <start = 0, end = 1> (pixel_mask)
-    height = Shape <start = 1, end = 2> (pixel_mask)
-    width = Shape <start = 2, end = 3> (pixel_mask)
+    shape = Shape (pixel_mask)
+    batch, height, width = Split <num_outputs = 3> (shape)
     rows = Div (height, u)
     columns = Div (width, u)
-    mask_shape = Concat <axis = 0> (batch, rows, u, columns, u)
     pixel_shape = Concat <axis = 0> (batch, three, rows, u, columns, u)
+    mask_shape = Concat <axis = 0> (batch, rows, u, columns, u)
     pixel_values_blocks = Reshape (pixel_values, pixel_shape)
     pixel_mask_blocks = Reshape (pixel_mask, mask_shape)
-}
-"""
+}"""
 register_dataclass(Grid)
 register_dataclass(Prior)
 
@@ -164,19 +161,17 @@ def build_graph(model: HPetrForPoseEstimation, divisor: int) -> onnx.ModelProto:
         free = tuple({axis: FREE for axis, n in enumerate(x.shape) if isinstance(n, SymInt)} for x in between)
         second = trace_as(TokensToPoses(model, images.tree), example, (free,), gradients=False)
     names = [f"between_{number}" for number in range(len(between))]
-    blocks = [f"{name}_blocks" for name in INPUTS]
-    graph = onnx.parser.parse_model(TO_BLOCKS % unit)
-    for name, program, inputs, outputs in (("images", first, blocks, names), ("poses", second, names, OUTPUTS)):
-        half = compose.add_prefix(
-            _convert(program, inputs, outputs), f"{name}.", rename_inputs=False, rename_outputs=False
-        )
-        graph = compose.merge_models(graph, half, [(joint, joint) for joint in inputs])
+    joints = [f"{name}_blocks" for name in INPUTS], names
+    halves = _convert(first, *joints, "images"), _convert(second, names, OUTPUTS, "poses")
+    graph = onnx.parser.parse_model(TO_BLOCKS % (halves[0].ir_version, OPSET, unit))
+    for half, inputs in zip(halves, joints, strict=True):
+        graph = compose.merge_models(graph, half, [(name, name) for name in inputs])
     _tidy(graph)
     onnx.checker.check_model(graph)
     return graph
 
 
-def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> onnx.ModelProto:
     with quiet():
         exported = torch.onnx.export(
             program,
@@ -187,9 +182,9 @@ def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[
             custom_translation_table={torch.ops.hpetr.deformable_sampling.default: sampling_to_onnx},
         )
     assert exported is not None
-    graph = exported.model_proto
-    del graph.graph.value_info[:]  # symbols of equal names mean different sizes in the two halves
-    return graph
+    model = exported.model_proto
+    del model.graph.value_info[:]  # symbols of equal names mean different sizes in the two halves
+    return compose.add_prefix(model, f"{prefix}.", rename_inputs=False, rename_outputs=False)
 
 
 def _tidy(model: onnx.ModelProto) -> None:
