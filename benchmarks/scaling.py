@@ -34,7 +34,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from torch import Tensor
 
 from hpetr import HPetrConfig, HPetrForPoseEstimation
 from hpetr.evaluation.benchmark import OTHER, count_flops, profile_stages

@@ -80,7 +80,7 @@ def test_a_checkpoint_to_resume_runs_no_code(tmp_path: Path) -> None:
         refused(f"the {what} holds pickled objects other than tensors or is broken; nothing in it was executed")
         (checkpoint / name).write_bytes(whole)
     (checkpoint / "trainer_state.json").write_text('{"log_history": [{"epoch": 1}]}')
-    refused("trainer_state.json: is not what a training writes")
+    refused("trainer_state.json: is not the state of a training")
 
 
 def test_names_that_look_like_styles_are_shown_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
