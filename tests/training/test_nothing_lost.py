@@ -98,6 +98,7 @@ def assert_same_end(killed: Path, whole: Path) -> None:
     assert not list(killed.glob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_place_it_ends_as_if_nothing_had_happened(starter, tmp_path: Path) -> None:
     """kill -9 while it starts, within steps, and while each part of a checkpoint is being written."""
     settings = ["train.epochs=6", "train.ema=0.9", "train.eval_every=6", f"data.val.annotations={TINY}"]
@@ -119,6 +120,7 @@ def test_killed_at_any_place_it_ends_as_if_nothing_had_happened(starter, tmp_pat
     assert_same_end(killed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path, monkeypatch, number: int) -> None:
     """The signal comes within the third step of a run that would save its first checkpoint after the fourth."""

@@ -176,6 +176,7 @@ def test_commands_of_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) -> None
         load_recipe(recipe, overrides)
 
 
+@pytest.mark.slow
 def test_slurm_evaluation_runs(tmp_path: Path) -> None:
     """Where the script asks SLURM to start a program, this machine starts it."""
     script = ROOT / "examples" / "slurm" / "eval.sbatch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from hpetr.training.data import Draw, EpochSampler, TrainingSet, build_transform
 from hpetr.training.optimizer import SteadyAdamW, parameter_groups, schedule_factor
 from hpetr.training.recipe import DataSource
 from hpetr.training.train import open_training, train
-from hpetr.training.trainer import _ignore_signals
+from hpetr.training.trainer import obey_main_process
 from training_runs import PUBLISHED_DESIGN, TINY, small_recipe
 
 
@@ -48,6 +49,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         train(small_recipe(whole))
 
 
+@pytest.mark.slow
 def test_one_image_is_learnt(tmp_path: Path) -> None:
     """Seventy steps from MoveNet's weights on one image."""
     backbone = {"model_type": "movenet", "out_features": ["heads8", "half_heads8", "top"]}
@@ -221,6 +223,7 @@ def test_without_flip_pairs_no_image_is_flipped(tmp_path: Path, capsys: pytest.C
     assert skeleton.can_flip
 
 
+@pytest.mark.slow
 def test_more_epochs_on_resume(tmp_path: Path) -> None:
     output = train(small_recipe(tmp_path / "run", "train.epochs=1"))
     train(small_recipe(output, "train.epochs=1"), resume="auto")  # finished: nothing to do
@@ -267,6 +270,7 @@ def test_images_follow_from_seed_epoch_and_place() -> None:
     assert not np.array_equal(first.keypoints, training_set(1)[Draw(0, 0)].keypoints)
 
 
+@pytest.mark.slow
 def test_spawned_workers_give_the_same_batches() -> None:
     """Windows and macOS start the workers anew: everything that they need is pickled."""
     recipe = small_recipe(Path("unused"))
@@ -274,12 +278,26 @@ def test_spawned_workers_give_the_same_batches() -> None:
     sampler = EpochSampler(data, 2, 0, bucketing=True)
     loaders = [
         DataLoader(data, 4, sampler=sampler, collate_fn=collator, **options)
-        for options in ({}, {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals})
+        for options in ({}, {"num_workers": 1, "multiprocessing_context": "spawn", "worker_init_fn": obey_main_process})
     ]
     (expected,), (batch,) = (list(loader) for loader in loaders)
     assert batch["images"] == expected["images"]
     assert batch["pixel_values"].equal(expected["pixel_values"])
     assert all(a["keypoints"].equal(b["keypoints"]) for a, b in zip(batch["labels"], expected["labels"], strict=True))
+
+
+def test_workers_outlive_a_signal_to_all_processes() -> None:
+    """They end when the main process says so, also at its exit, which sends them SIGTERM."""
+    options = {"num_workers": 1, "worker_init_fn": obey_main_process, "persistent_workers": True}
+    loader = DataLoader(list(range(4)), 1, **options)
+    assert len(list(loader)) == 4
+    (worker,) = loader._iterator._workers
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, str(worker.pid)], check=True)
+    assert len(list(loader)) == 4
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0
 
 
 def test_an_epoch_sees_every_image_and_whole_steps() -> None:
@@ -309,6 +327,7 @@ def test_bucketing_brings_like_shapes_together() -> None:
     assert spread(True) < 0.3 * spread(False)
 
 
+@pytest.mark.slow
 def test_another_skeleton_starts_from_a_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Five keypoints and two classes from a model of 17 and one: all that does not depend on them is kept."""
 

@@ -32,6 +32,7 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(recipe_file: Path, tmp_path: Path) -> None:
     """The same images in the same steps: losses, figures and weights differ by rounding alone."""
     from hpetr.training.recipe import load_recipe
@@ -101,6 +102,7 @@ hpetr.training.train.train(load_recipe(recipe, [f"output={second}", *settings]),
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_run_learns_what_a_whole_one_does_and_goes_on(recipe_file: Path, tmp_path: Path) -> None:
     from hpetr.training.recipe import load_recipe
 
@@ -149,6 +151,7 @@ except Interrupted as stop:
 """
 
 
+@pytest.mark.slow
 def test_all_processes_stop_after_the_same_step(recipe_file: Path, tmp_path: Path) -> None:
     """The signal comes to one of two in the first step; both know of it at the end of the second."""
     script = tmp_path / "stopped.py"
@@ -164,6 +167,7 @@ def test_all_processes_stop_after_the_same_step(recipe_file: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_of_all_processes(recipe_file: Path) -> None:
     result = torchrun(2, recipe_file, "train.total_batch_size=3")
     assert result.returncode != 0

@@ -165,9 +165,7 @@ def open_training(recipe: Recipe, tell: Say | None = None) -> tuple[TrainingSet,
     if recipe.augment.flip and not skeleton.can_flip:
         tell(f"warning: {datasets[0].path}: {NO_FLIPS}")
     if not sum(dataset.report.people for dataset in datasets):
-        raise InputError(
-            f"data.train: no person with labelled keypoints in {datasets[0].path}, expected some to learn"
-        )
+        raise InputError(f"data.train: no person with labelled keypoints in {datasets[0].path}, expected some to learn")
     if val is not None:
         if not val.report.people:
             raise InputError(f"data.val: no person with labelled keypoints in {val.path}, expected people to find")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +53,18 @@ def _one_line(checkpoint: str | None, part: str) -> Iterator[None]:
         raise InputError(f"resume {checkpoint}: the {part} {reason}") from error
 
 
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def obey_main_process(worker: int) -> None:
+    """Make a process that loads images end with the main process alone, not by a signal to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parents_signal, daemon=True).start()
+
+
+def _wait_for_parents_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def weight_average(model: torch.nn.Module, decay: float) -> AveragedModel:
@@ -121,8 +132,8 @@ class PoseTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        # The main process decides when to stop: a signal to all processes must not take the images away before.
-        cast(Any, loader).base_dataloader.worker_init_fn = _ignore_signals
+        # A stopped run ends its step first, for which it may need further images.
+        cast(Any, loader).base_dataloader.worker_init_fn = obey_main_process
         return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
