@@ -33,7 +33,7 @@ def hpetr(*arguments: object) -> Result:
 
 
 def assert_bad_input(result: Result, message: str) -> None:
-    """One line on stderr that says what is wrong, nothing else there, and exit code 2."""
+    """Check that stderr has one line with the message, and that the exit code is 2."""
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

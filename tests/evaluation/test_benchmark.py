@@ -1,4 +1,4 @@
-"""The benchmark: stages of the real path add up, and its figures agree with `hpetr info`. No speed is asserted."""
+"""The benchmark: stages of the real path add up, and its numbers agree with `hpetr info`. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ def hpetr(*arguments: object) -> Result:
 
 
 def test_stages_of_the_bundled_model(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
+    file = tmp_path / "numbers.json"
     done = hpetr("h-petr-nano", "--size", "96x128", "--repeats", 3, "--threads", 1, "--device", "cpu", "--json", file)
     assert done.exit_code == 0, done.output
-    figures = json.loads(file.read_text())
-    assert figures.keys() == {field.name for field in fields(Benchmark)}
-    assert (figures["image"], figures["input"]) == ([192, 256], [96, 128])
-    assert (figures["weights"], figures["batch"], figures["repeats"], figures["threads"]) == ("checkpoint", 1, 3, 1)
+    numbers = json.loads(file.read_text())
+    assert numbers.keys() == {field.name for field in fields(Benchmark)}
+    assert (numbers["image"], numbers["input"]) == ([192, 256], [96, 128])
+    assert (numbers["weights"], numbers["batch"], numbers["repeats"], numbers["threads"]) == ("checkpoint", 1, 3, 1)
 
-    stages = {entry["name"]: entry for entry in figures["stages"]}
+    stages = {entry["name"]: entry for entry in numbers["stages"]}
     assert tuple(stages) == (*STAGES, OTHER)
-    for entry in figures["stages"]:
+    for entry in numbers["stages"]:
         assert entry.keys() == {field.name for field in fields(Stage)}
         seconds = entry["seconds"]
         assert 0 < seconds["lower_quartile"] <= seconds["median"] <= seconds["upper_quartile"]
-    assert figures["images_per_second"] == pytest.approx(1 / figures["whole"]["median"])
+    assert numbers["images_per_second"] == pytest.approx(1 / numbers["whole"]["median"])
 
     # What is counted: all FLOPs of `hpetr info`, in the network's stages only.
     assert {name for name, entry in stages.items() if entry["flops"]} == set(NETWORK)
     assert sum(entry["flops"] for entry in stages.values()) == model_info("h-petr-nano", (96, 128)).flops
     for name, entry in stages.items():
         rate = (entry["flops"] + entry["sampling_flops"]) / entry["seconds"]["median"]
-        expected = rate / figures["matrix_rate"] if name in NETWORK else None
+        expected = rate / numbers["matrix_rate"] if name in NETWORK else None
         assert entry["matrix_share"] == pytest.approx(expected)
     assert all(stages[name]["bytes"] > 0 and stages[name]["copy_share"] > 0 for name in NETWORK)
     assert stages["decode"]["bytes"] == 0
     assert stages["decode"]["copy_share"] is None
-    assert 0 < figures["loaded_bytes"] <= figures["peak_bytes"]
+    assert 0 < numbers["loaded_bytes"] <= numbers["peak_bytes"]
 
     for name in (*STAGES, OTHER, "whole", "images per second", "peak memory", "GFLOP/s"):
         assert name in done.stdout
@@ -97,14 +97,14 @@ def test_preset_gets_random_weights_and_leaves_the_random_numbers() -> None:
 def test_sampling_is_counted_by_its_formula() -> None:
     config = HPetrConfig.preset("h-petr-nano", encoder_layers=2, decoder_layers=1, joint_decoder_layers=1)
     config.num_queries, config.num_poses = 10, 5
-    figures = count_flops(config, 3, 64, 64)
+    numbers = count_flops(config, 3, 64, 64)
     tokens = sum((64 // stride) ** 2 for stride in (8, 16, 32)[config.encoder_first_level :])
     points = config.num_feature_levels * config.d_model  # a level's point in all heads reads d_model channels
     assert config.num_feature_levels == 3
-    assert figures["encoder"][1] == 2 * 3 * tokens * points * config.num_points * 8
-    assert figures["pose decoder"][1] == 3 * 10 * points * config.num_keypoints * 8
-    assert figures["joint decoder"][1] == 3 * 5 * config.num_keypoints * points * config.num_points * 8
-    assert figures["proposals"][1] == 0
+    assert numbers["encoder"][1] == 2 * 3 * tokens * points * config.num_points * 8
+    assert numbers["pose decoder"][1] == 3 * 10 * points * config.num_keypoints * 8
+    assert numbers["joint decoder"][1] == 3 * 5 * config.num_keypoints * points * config.num_points * 8
+    assert numbers["proposals"][1] == 0
 
 
 def test_stages_divide_time_and_counts() -> None:

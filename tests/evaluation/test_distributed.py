@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tiny_model import people, tiny_model
 
 HEIGHT, WIDTH = 64, 96
-PEOPLE = [5, 0, 1, 2]  # unequal halves, and an image with nobody
+PEOPLE = [5, 0, 1, 2]  # unequal halves, and an image without people
 
 
 def whole_batch() -> tuple[Tensor, list[dict[str, Tensor]]]:

@@ -1,4 +1,4 @@
-"""The ten COCO figures against pycocotools, and evaluation of a real model."""
+"""The ten COCO metrics against pycocotools, and evaluation of a real model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def made_ground_truth(num_keypoints: int, seed: int = 0, images: int = 12) -> di
 
 
 def perturbed(truth: dict[str, Any], num_keypoints: int, noise: float = 0.05, seed: int = 1) -> list[dict[str, Any]]:
-    """Results near the ground truth: some people missed, some found twice, some where nobody is."""
+    """Results near the ground truth: some people missed, some found twice, some without a person."""
     rng = np.random.default_rng(seed)
     results = []
     for annotation in truth["annotations"]:
@@ -112,7 +112,7 @@ def test_ten_figures_equal_pycocotools(num_keypoints: int, sigmas: tuple[float, 
     ours = coco_metrics(truth, results, sigmas)
     assert list(ours) == ["AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL"]
     assert ours == pytest.approx(reference_metrics(truth, results, list(sigmas)), abs=1e-12)
-    assert 0.05 < ours["AP"] < 0.95, "a case that tells right from wrong"
+    assert 0.05 < ours["AP"] < 0.95, "a case with hits and misses"
 
 
 def test_real_annotations_equal_pycocotools() -> None:
@@ -276,7 +276,7 @@ def crowded(seed: int = 0) -> dict[str, Any]:
         annotation["area"] = 7.0
         points = np.reshape(annotation["keypoints"], (14, 3))
         if place % 9 == 0:
-            points[:, 2] = points[:, 2].clip(0, 1)  # nobody of them is visible: the protocol leaves such people out
+            points[:, 2] = points[:, 2].clip(0, 1)  # no keypoint is visible: the protocol ignores such people
         annotation["keypoints"] = points.ravel().tolist()
         annotation["num_keypoints"] = int((points[:, 2] == 2).sum())
     return truth
@@ -298,7 +298,7 @@ def test_crowdpose_figures_equal_pycocotools_on_subsets(seed: int) -> None:
     ours = crowdpose_metrics(truth, results)
     assert list(ours) == list(expected)
     assert ours == pytest.approx(expected, abs=1e-12)
-    assert len(set(ours.values())) == 9, "a case that tells the figures apart"
+    assert len(set(ours.values())) == 9, "a case in which all metrics differ"
     recounted = copy.deepcopy(by_box)
     for annotation in recounted["annotations"]:
         annotation["num_keypoints"] = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
@@ -317,9 +317,9 @@ def test_crowd_levels_have_their_borders_in_medium() -> None:
 def test_crowd_level_without_images_is_minus_one() -> None:
     truth = crowded()
     easy = [image["id"] for image in truth["images"] if image["crowdIndex"] < 0.1]
-    figures = crowdpose_metrics(truth, perturbed(truth, 14), image_ids=easy)
-    assert figures["AP(easy)"] == figures["AP"] > 0
-    assert figures["AP(medium)"] == figures["AP(hard)"] == -1
+    metrics_found = crowdpose_metrics(truth, perturbed(truth, 14), image_ids=easy)
+    assert metrics_found["AP(easy)"] == metrics_found["AP"] > 0
+    assert metrics_found["AP(medium)"] == metrics_found["AP(hard)"] == -1
 
 
 def test_protocol_follows_the_crowd_index(checkpoint: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_protocol_follows_the_crowd_index(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_eval_takes_yolo_data(checkpoint: Path, tmp_path: Path) -> None:
-    """The val split unless another is named; figures as for the same image in COCO's form."""
+    """The val split unless another is named; metrics as for the same image in COCO's form."""
     truth = json.loads((TINY / "annotations.json").read_text())
     image = truth["images"][0]
     people = [a for a in truth["annotations"] if a["image_id"] == image["id"] and a["num_keypoints"]]
@@ -433,13 +433,13 @@ def test_two_processes_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> 
         one = CliRunner().invoke(app, ["eval", str(checkpoint), *cases[name], "--output", str(alone)])
         assert one.exit_code == 0, one.output
         assert alone.read_bytes() == (tmp_path / f"{name}.json").read_bytes()
-        figures, expected = (
+        metrics_found, expected = (
             json.loads(path.with_suffix(".metrics.json").read_text()) for path in (tmp_path / f"{name}.json", alone)
         )
-        assert (figures.pop("processes"), expected.pop("processes")) == (2, 1)
-        assert figures.pop("seconds") > 0
+        assert (metrics_found.pop("processes"), expected.pop("processes")) == (2, 1)
+        assert metrics_found.pop("seconds") > 0
         assert expected.pop("seconds") > 0
-        assert figures == expected
+        assert metrics_found == expected
 
 
 def two_classes(checkpoint: Path, **skeleton: object) -> tuple[HPetrForPoseEstimation, HPetrImageProcessor]:
