@@ -60,7 +60,8 @@ def meta_model(preset: str) -> HPetrForPoseEstimation:
 def test_recipe_loads_and_its_model_builds(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.output == Path("runs") / path.stem
-    assert not recipe.model.options or recipe.model.options == {"keypoint_scores": True}
+    config = HPetrConfig.preset(recipe.model.preset, **recipe.model.options)
+    assert {key: getattr(config, key) for key in recipe.model.options} == recipe.model.options
     assert recipe.train.save_every % recipe.train.log_every == 0
     assert meta_model(recipe.model.preset).config.num_poses > 0
 
