@@ -29,6 +29,7 @@ from hpetr.evaluation.evaluate import METRICS, coco_metrics, crowd_levels, crowd
 from hpetr.inference.flip_test import predict_batch_flipped
 from hpetr.poses.skeleton import COCO, CROWDPOSE
 from paths import TINY
+from perfect_network import PerfectNetwork
 
 
 def made_ground_truth(num_keypoints: int, seed: int = 0, images: int = 12) -> dict[str, Any]:
@@ -211,20 +212,7 @@ def test_perfect_network_gets_perfect_figures(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
     dataset = open_dataset(TINY / "annotations.json")
 
-    class Oracle(torch.nn.Module):
-        config = model.config
-        device = torch.device("cpu")
-        seen = 0
-
-        def forward(self, **_: torch.Tensor) -> Any:
-            sample = dataset[self.seen]
-            self.seen += 1
-            height, width = sample.image.shape[:2]
-            poses = torch.from_numpy(sample.keypoints[..., :2]) / torch.tensor([width, height])
-            scores = torch.linspace(0.9, 0.5, len(poses))
-            return type("Output", (), {"scores": scores[None], "poses": poses[None]})()
-
-    assert evaluate(Oracle(), processor, dataset).metrics["AP"] == pytest.approx(1)
+    assert evaluate(PerfectNetwork(model.config, dataset), processor, dataset).metrics["AP"] == pytest.approx(1)
 
 
 def test_limit_evaluates_the_first_images(checkpoint: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from hpetr.checkpoints.folder import load_checkpoint
 from hpetr.data.dataset import open_dataset
@@ -18,6 +17,7 @@ from hpetr.inference.torch_predictor import predict_batch
 from hpetr.poses.result import PoseResult
 from hpetr.poses.skeleton import COCO
 from paths import EXAMPLES
+from perfect_network import PerfectNetwork
 
 TINY = EXAMPLES / "tiny-coco"
 
@@ -137,23 +137,8 @@ def test_evaluation_with_a_perfect_network(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint, "cpu")
     dataset = open_dataset(TINY / "annotations.json")
 
-    class Oracle(torch.nn.Module):
-        config = model.config
-        device = torch.device("cpu")
-        seen = 0
-
-        def forward(self, **_: torch.Tensor) -> Any:
-            sample = dataset[self.seen // 2]
-            height, width = sample.image.shape[:2]
-            poses = torch.from_numpy(sample.keypoints[..., :2]) / torch.tensor([width, height])
-            if self.seen % 2:
-                poses = poses[:, COCO.flip_index]
-                poses[..., 0] = 1 - poses[..., 0]
-            self.seen += 1
-            scores = torch.linspace(0.9, 0.5, len(poses))
-            return type("Output", (), {"scores": scores[None], "poses": poses[None]})()
-
-    result = evaluate(Oracle(), processor, dataset, flip_test=True)
+    network = PerfectNetwork(model.config, dataset, mirrored=True)
+    result = evaluate(network, processor, dataset, flip_test=True)
     assert result.metrics["AP"] == pytest.approx(1)
     assert result.flip_test
     assert len(result.results) == sum(len(dataset[index].keypoints) for index in range(len(dataset)))

@@ -10,7 +10,8 @@ import torch
 
 import golden_inputs
 from hpetr import HPetrConfig, HPetrForPoseEstimation
-from hpetr.checkpoints.official import load_official, to_official
+from hpetr.checkpoints.official import load_official
+from model.golden_checks import check_there_and_back, masked_image, official_gradients, training_batch
 from paths import GOLDEN
 
 KEYS = json.loads((GOLDEN / "official_keys.json").read_text())
@@ -30,13 +31,6 @@ def golden(request: pytest.FixtureRequest):
     name = request.param
     model = load_official(golden_inputs.fill(KEYS[name]), name)
     return name, model, np.load(GOLDEN / f"{name}.npz"), json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def masked_image(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = golden_inputs.image(case["h"], case["w"], case["seed"], case["ph"], case["pw"])
-    mask = torch.zeros(1, case["ph"], case["pw"], dtype=torch.long)
-    mask[:, : case["h"], : case["w"]] = 1
-    return pixels, mask
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
@@ -80,17 +74,9 @@ def test_training_step(golden) -> None:
     dtype = torch.float64 if name == "h-petr-r50" else torch.float32
     model.to(dtype)
     step = settings["training"]
-    pixels, masks, labels = [], [], []
-    for i, (height, width, people, seed) in enumerate(step["sizes"]):
-        case = {"h": height, "w": width, "ph": step["ph"], "pw": step["pw"], "seed": step["seed0"] + i}
-        image, mask = masked_image(case)
-        boxes, keypoints, areas = golden_inputs.ground_truth(people, height, width, seed)
-        classes = torch.zeros(people, dtype=torch.long)
-        labels.append({"boxes": boxes, "keypoints": keypoints, "areas": areas, "class_labels": classes})
-        pixels.append(image)
-        masks.append(mask)
+    pixels, mask, labels = training_batch(step)
     model.zero_grad()
-    output = model(torch.cat(pixels).to(dtype), torch.cat(masks), labels)  # evaluation mode: no dropout
+    output = model(pixels.to(dtype), mask, labels)  # evaluation mode: no dropout
     output.loss.backward()
 
     assert {our_term(name) for name in step["terms"]} == set(output.loss_dict)
@@ -99,11 +85,7 @@ def test_training_step(golden) -> None:
     assert output.loss.item() == pytest.approx(step["total"], rel=1e-4)
     assert sum(output.loss_dict.values()).item() == pytest.approx(output.loss.item(), rel=1e-6)
 
-    gradients = HPetrForPoseEstimation(model.config)
-    with torch.no_grad():
-        for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
-            target.copy_(torch.zeros_like(target) if source.grad is None else source.grad)
-    official = to_official(gradients)
+    official = official_gradients(model)
     for parameter, norm in step["grad_norms"].items():
         assert official[parameter].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), parameter
     model.zero_grad()
@@ -112,14 +94,7 @@ def test_training_step(golden) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_official_checkpoint_there_and_back(name: str) -> None:
-    """Nothing missing, nothing unexpected, bit for bit the same on the way back; and the published size."""
-    state = golden_inputs.fill(KEYS[name])
-    model = load_official(state, name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    back = to_official(model)
-    assert back.keys() == state.keys()
-    for key, tensor in state.items():
-        assert torch.equal(back[key], tensor), key
+    check_there_and_back(golden_inputs.fill(KEYS[name]), name, PARAMETERS[name])
 
 
 def test_frozen_parameters() -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import golden_inputs
-from hpetr import HPetrForPoseEstimation
-from hpetr.checkpoints.official import load_official, to_official
-from model.test_golden import masked_image
+from hpetr.checkpoints.official import load_official
+from model.golden_checks import check_there_and_back, masked_image, official_gradients, training_batch
 from paths import GOLDEN
 
 KEYS = json.loads((GOLDEN / "official_keys_group_pose.json").read_text())
@@ -84,28 +83,16 @@ def our_term(official: str) -> str:
 def test_training_step(golden) -> None:
     _, model, _, settings = golden
     step = settings["training"]
-    pixels, masks, labels = [], [], []
-    for i, (height, width, people, seed) in enumerate(step["sizes"]):
-        case = {"h": height, "w": width, "ph": step["ph"], "pw": step["pw"], "seed": step["seed0"] + i}
-        image, mask = masked_image(case)
-        boxes, keypoints, areas = golden_inputs.ground_truth(people, height, width, seed)
-        classes = torch.zeros(people, dtype=torch.long)
-        labels.append({"boxes": boxes, "keypoints": keypoints, "areas": areas, "class_labels": classes})
-        pixels.append(image)
-        masks.append(mask)
+    pixels, mask, labels = training_batch(step)
     model.zero_grad()
-    output = model(torch.cat(pixels), torch.cat(masks), labels)  # evaluation mode: no drop-path
+    output = model(pixels, mask, labels)  # evaluation mode: no drop-path
     output.loss.backward()
     assert {our_term(name) for name in step["terms"]} == set(output.loss_dict)
     for term, value in step["terms"].items():
         assert output.loss_dict[our_term(term)].item() == pytest.approx(value, rel=1e-5), term
     assert output.loss.item() == pytest.approx(step["total"], rel=1e-5)
 
-    gradients = HPetrForPoseEstimation(model.config)
-    with torch.no_grad():
-        for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
-            target.copy_(torch.zeros_like(target) if source.grad is None else source.grad)
-    official = to_official(gradients)
+    official = official_gradients(model)
     for parameter, norm in step["grad_norms"].items():
         assert official[parameter].norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-7), parameter
     model.zero_grad()
@@ -113,14 +100,7 @@ def test_training_step(golden) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_official_checkpoint_there_and_back(name: str) -> None:
-    """Nothing missing, nothing unexpected, bit for bit the same on the way back; and the published size."""
-    state = checkpoint(name)
-    model = load_official(state, name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    back = to_official(model)
-    assert back.keys() == state.keys()
-    for key, tensor in state.items():
-        assert torch.equal(back[key], tensor), key
+    check_there_and_back(checkpoint(name), name, PARAMETERS[name])
 
 
 def test_trained_parameters() -> None:

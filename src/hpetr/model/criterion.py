@@ -40,6 +40,10 @@ class Criterion:
     def __init__(self, config: HPetrConfig):
         self.config = config
 
+    def sigmas(self, device: torch.device) -> Tensor:
+        """Return the keypoints' OKS sigmas (K,), float32."""
+        return to_device(torch.tensor(self.config.skeleton["sigmas"], dtype=torch.float32), device)
+
     def __call__(
         self,
         proposals: Proposals,
@@ -68,7 +72,7 @@ class Criterion:
             places: further terms from the matches of the proposals, the targets and the sigmas (K,).
         """
         config, device = self.config, layers.logits.device
-        sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
+        sigmas = self.sigmas(device)
         every = proposals.predictions()
         with stage(COSTS):
             pending = start_matching(every, layers, groups, sizes, targets, config, sigmas)
@@ -107,7 +111,7 @@ class GroupCriterion(Criterion):
     ) -> dict[str, Tensor]:
         """Return the loss terms by name; see `Criterion`. There is neither a joint decoder nor a heatmap branch."""
         config, device = self.config, layers.logits.device
-        sigmas = to_device(torch.tensor(config.skeleton["sigmas"], dtype=torch.float32), device)
+        sigmas = self.sigmas(device)
         selected = proposals.selected
         assert selected is not None
         parts = Predictions(

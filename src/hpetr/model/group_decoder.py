@@ -17,7 +17,7 @@ from hpetr.model.attention import DeformableAttention, FeedForward
 from hpetr.model.config import HPetrConfig
 from hpetr.model.grid import Grid, sine_encoding
 from hpetr.model.groups import QueryGroup
-from hpetr.model.proposals import KeypointHead, Predictions, Proposals, outside_autocast, proposing_tokens
+from hpetr.model.proposals import KeypointHead, Predictions, Proposals, ProposingDecoder, outside_autocast
 from hpetr.model.queries import consecutive_sizes, image_index
 from hpetr.model.steps import LogitSteps
 
@@ -71,7 +71,7 @@ class GroupLayer(GradientCheckpointingLayer):
         return self.ffn_norm(x + self.ffn(x)).view(batch, poses, slots, width)
 
 
-class GroupDecoder(nn.Module):
+class GroupDecoder(ProposingDecoder):
     """Proposals from the encoder's tokens, and decoder layers over keypoint queries.
 
     Each layer has its own heads for classes and keypoints; the last heads are those of the proposals.
@@ -94,22 +94,6 @@ class GroupDecoder(nn.Module):
         self.class_heads = nn.ModuleList(nn.Linear(width, columns) for _ in range(config.decoder_layers + 1))
         self.keypoint_heads = nn.ModuleList(KeypointHead(width, width, 2, 2) for _ in range(config.decoder_layers))
         self.keypoint_heads.append(KeypointHead(width, config.keypoint_head_dim, joints * 2, 3))
-
-    def propose(self, memory: Tensor, grid: Grid) -> Proposals:
-        """Return a proposal for every token of memory (B, S, D); see `PoseDecoder.propose`."""
-        valid = proposing_tokens(grid)  # (B, S, 1)
-        features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
-        logits = outside_autocast(self.class_heads[-1], features)
-        return Proposals(
-            logits=logits,
-            features=features,
-            valid=valid,
-            centers=torch.where(valid, grid.centers, 1.0),
-            head=self.keypoint_heads[-1],
-            steps=self.steps,
-            unit=None,
-            first_logits=logits.detach(),
-        )
 
     def forward(
         self, memory: Tensor, grid: Grid, proposals: Proposals, groups: Sequence[QueryGroup]

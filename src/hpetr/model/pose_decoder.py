@@ -15,12 +15,12 @@ from hpetr.model.attention import DeformableLayer, DeformableLayers, PoseAttenti
 from hpetr.model.config import HPetrConfig
 from hpetr.model.grid import Grid
 from hpetr.model.groups import QueryGroup
-from hpetr.model.proposals import KeypointHead, Predictions, Proposals, outside_autocast, proposing_tokens
+from hpetr.model.proposals import KeypointHead, Predictions, Proposals, ProposingDecoder, outside_autocast
 from hpetr.model.queries import Queries
 from hpetr.model.steps import Steps
 
 
-class PoseDecoder(nn.Module):
+class PoseDecoder(ProposingDecoder):
     """Proposals from the encoder's tokens, and decoder layers that refine whole poses.
 
     Each layer has its own heads for classes and keypoints; the last heads are those of the proposals.
@@ -58,26 +58,6 @@ class PoseDecoder(nn.Module):
     def queries(self) -> Queries:
         """The module that makes the queries."""
         return cast(Queries, getattr(self, self.queries_name))
-
-    def propose(self, memory: Tensor, grid: Grid) -> Proposals:
-        """Return a proposal for every token of memory (B, S, D).
-
-        Tokens on padding or within 1% of the border have no center: their memory is zeroed and their center is the
-        image's far corner. As published, they still take part in the ranking.
-        """
-        valid = proposing_tokens(grid)  # (B, S, 1)
-        features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
-        logits = outside_autocast(self.class_heads[-1], features)
-        return Proposals(
-            logits=logits,
-            features=features,
-            valid=valid,
-            centers=torch.where(valid, grid.centers, 1.0),
-            head=self.keypoint_heads[-1],
-            steps=self.steps,
-            unit=self.steps.token_unit(grid),
-            first_logits=logits.detach(),
-        )
 
     def forward(
         self, memory: Tensor, grid: Grid, proposals: Proposals, groups: Sequence[QueryGroup]

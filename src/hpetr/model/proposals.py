@@ -106,3 +106,36 @@ def proposing_tokens(grid: Grid) -> Tensor:
     """Return which tokens propose a pose, (B, S, 1): those inside the image and not within 1% of its border."""
     valid = ((grid.centers > BORDER) & (grid.centers < 1 - BORDER)).all(-1, keepdim=True)
     return valid if grid.padding_mask is None else valid & ~grid.padding_mask[..., None]
+
+
+class ProposingDecoder(nn.Module):
+    """What the decoders share: proposals from the encoder's tokens.
+
+    A subclass makes the modules. The last heads are those of the proposals.
+    """
+
+    steps: Steps
+    proposal_proj: nn.Linear
+    proposal_norm: nn.LayerNorm
+    class_heads: nn.ModuleList
+    keypoint_heads: nn.ModuleList
+
+    def propose(self, memory: Tensor, grid: Grid) -> Proposals:
+        """Return a proposal for every token of memory (B, S, D).
+
+        Tokens on padding or within 1% of the border have no center: their memory is zeroed and their center is the
+        image's far corner. As published, they still take part in the ranking.
+        """
+        valid = proposing_tokens(grid)  # (B, S, 1)
+        features = self.proposal_norm(self.proposal_proj(memory.masked_fill(~valid, 0.0)))
+        logits = outside_autocast(self.class_heads[-1], features)
+        return Proposals(
+            logits=logits,
+            features=features,
+            valid=valid,
+            centers=torch.where(valid, grid.centers, 1.0),
+            head=self.keypoint_heads[-1],
+            steps=self.steps,
+            unit=self.steps.token_unit(grid),
+            first_logits=logits.detach(),
+        )
